@@ -13,6 +13,7 @@ output.
     y       = LN(x_L) + LN'(pos_0)                        the step that makes PVG into MPVG
     logits  = head(mean of y over the tokens)             methods with a class token: head(y of that token)
 
+    import torch
     from mpvg import create
     model = create("vit-lite", "mpvg")                    # 32x32 images, 100 classes; MODELS and METHODS name the rest
     logits = model(torch.randn(8, 3, 32, 32))             # (8, 100)
@@ -23,6 +24,8 @@ Paper: Lee, Ham, Kim, "Maximizing the Position Embedding for Vision Transformers
 import argparse
 import copy
 import math
+import os
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -79,16 +82,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-class MLP(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """One transformer block, (B, N, D) -> (B, N, D); `pe`, (1, N, D) or None, joins the input of the attention only."""
 
@@ -98,7 +91,8 @@ class Block(nn.Module):
         self.pe_norm = nn.LayerNorm(dim, norm_eps) if has_pe else None  # LN'_l, applied in ViT.delivered_pe
         self.attn = Attention(dim, heads, qkv_bias, attn_drop)
         self.norm2 = nn.LayerNorm(dim, norm_eps)                    # LN''_l
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, dim)))
         self.drop_path, self.renorm = drop_path, renorm
 
     def forward(self, x, pe=None):
@@ -108,17 +102,6 @@ class Block(nn.Module):
         if self.renorm:  # ViT-Lite: the norm's output replaces the stream itself
             x = y
         return x + drop_path(self.mlp(y), self.drop_path, self.training)
-
-
-class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) -> one token a patch, row by row, (B, N, D)."""
-
-    def __init__(self, in_channels, patch_size, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)         # (B, D, h, w) -> (B, D, N) -> (B, N, D)
 
 
 def sincos_pos_embed(grid, dim):
@@ -155,22 +138,9 @@ class ViT(nn.Module):
                  init="deit", pe_init="learned", pe_std=0.02,
                  pe="absolute", pool="cls", last_pe=None, layer0=False, hierarchical=True, add_input=True):
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        for name, value in dict(image_size=min(height, width), patch_size=patch_size, in_channels=in_channels,
-                                num_classes=num_classes, dim=dim, depth=depth, heads=heads).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not a positive whole number")
-        if not (0 <= attn_drop < 1 and 0 <= drop_path < 1):
-            raise ValueError(f"attn_drop={attn_drop!r} and drop_path={drop_path!r} must be probabilities in [0, 1)")
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"image_size {height}x{width} is not divisible by patch_size {patch_size}: change one")
-        if dim % heads or (pe_init == "sincos" and dim % 4):
-            raise ValueError(f"dim {dim} is not divisible by heads {heads}, or by 4 for pe_init='sincos': change one")
-        _check_words(block=(block, "prenorm", "renorm"), init=(init, "deit", "vit-lite"),
-                     pe_init=(pe_init, "learned", "sincos"), pe=(pe, "absolute", "layerwise", "none"),
-                     pool=(pool, "cls", "gap"))
-        _check_method(depth, pe, pool, last_pe, layer0, hierarchical, add_input)
-
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        _check_options(height, width, patch_size, in_channels, num_classes, dim, depth, heads, block, init, pe_init,
+                       pe, pool, last_pe, layer0, hierarchical, add_input)
         self.image_shape = (in_channels, height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.pool, self.last_pe, self.hierarchical = pool, last_pe, hierarchical
@@ -178,7 +148,7 @@ class ViT(nn.Module):
         self.folded = False
         patches, tokens = math.prod(self.grid), math.prod(self.grid) + (pool == "cls")
 
-        self.patch_embed = PatchEmbed(in_channels, patch_size, dim)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         if pe_init == "sincos" and pe != "none":  # the class token has no place on the grid: a row of zeros
             self.register_buffer("pos_embed", F.pad(sincos_pos_embed(self.grid, dim), (0, 0, tokens - patches, 0)))
@@ -212,18 +182,16 @@ class ViT(nn.Module):
 
     def delivered_pe(self):
         """-> (per_block, last): what each block's attention is given, a list of (1, N, D) or None, and what joins the
-        last norm's output, (1, N, D), (1, 1, D) for "shift", or None. The same for every image: no batch in it."""
+        last norm's output, (1, N, D), (D) for "shift", or None. The same for every image: no batch in it."""
         per_block, e = [], self.pos_embed
         for block in self.blocks:
             per_block.append(None if block.pe_norm is None else block.pe_norm(e))
             if self.hierarchical and per_block[-1] is not None:
                 e = per_block[-1]
-        if self.last_pe is None:
-            return per_block, None
-        if self.last_pe == "shift":
-            return per_block, self.last_shift.view(1, 1, -1)
-        sources = {**dict(enumerate(per_block)), 0: self.pos_embed, "free": self.last_pos_embed}
-        return per_block, self.pe_norm(sources[self.last_pe])
+        if self.last_pe in (None, "shift"):
+            return per_block, self.last_shift                       # one vector, (D), or None
+        table = self.last_pos_embed if self.last_pe == "free" else [self.pos_embed, *per_block[1:]][self.last_pe]
+        return per_block, self.pe_norm(table)
 
     def forward_features(self, images):
         """Images (B, C, H, W) -> tokens after the last norm and its PE, (B, N, D); with a class token it is row 0."""
@@ -231,7 +199,7 @@ class ViT(nn.Module):
             raise ValueError(f"images {tuple(images.shape)} are not (B, {', '.join(map(str, self.image_shape))}): "
                              "resize them, or build a model of their image_size and load_weights() into it")
         per_block, last = self.delivered_pe()
-        x = self.patch_embed(images)                                # (B, N, D)
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, D, h, w) -> (B, N, D), row by row
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
         if self.add_input:
@@ -258,23 +226,34 @@ def _check_words(**options):
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
 
 
-def _check_method(depth, pe, pool, last_pe, layer0, hierarchical, add_input):
-    impossible = {
-        f"layer0 and hierarchical shape the PE given to the blocks, and pe={pe!r} gives them none: use pe='layerwise', "
-        "or leave both at their defaults": pe != "layerwise" and (layer0 or not hierarchical),
-        "pe='absolute' with add_input=False leaves no PE at all: use pe='none' to say so":
-            pe == "absolute" and not add_input,
-        f"unknown last_pe {last_pe!r}: choose from None, 0 (the initial PE), 1 to {depth - 1} (the PE of that block), "
-        "'shift', 'free'": isinstance(last_pe, bool) or last_pe not in (None, "shift", "free", *range(depth)),
-        "last_pe acts on the mean over tokens: use pool='gap', or last_pe=None with a class token":
-            last_pe is not None and pool == "cls",
-        "last_pe=0 is the initial PE and pe='none' has none: use pe='layerwise', or last_pe=None":
-            last_pe == 0 and pe == "none",
-        f"last_pe={last_pe} is the PE of a block and pe={pe!r} gives the blocks none: use last_pe=0, or pe='layerwise'":
-            last_pe in range(1, depth) and pe != "layerwise",
-    }
-    for message, applies in impossible.items():
-        if applies:
+def _check_options(height, width, patch_size, in_channels, num_classes, dim, depth, heads, block, init, pe_init,
+                   pe, pool, last_pe, layer0, hierarchical, add_input):
+    for name, value in dict(image_height=height, image_width=width, patch_size=patch_size, in_channels=in_channels,
+                            num_classes=num_classes, dim=dim, depth=depth, heads=heads).items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive whole number")
+    _check_words(block=(block, "prenorm", "renorm"), init=(init, "deit", "vit-lite"), pool=(pool, "cls", "gap"),
+                 pe=(pe, "absolute", "layerwise", "none"), pe_init=(pe_init, "learned", "sincos"))
+    for impossible, message in (
+        (height % patch_size or width % patch_size,
+         f"image_size {height}x{width} is not divisible by patch_size {patch_size}: change one"),
+        (dim % heads or (pe_init == "sincos" and dim % 4),
+         f"dim {dim} is not divisible by heads {heads}, or by 4 for pe_init='sincos': change one"),
+        (pe != "layerwise" and (layer0 or not hierarchical),
+         f"layer0 and hierarchical shape the PE given to blocks, and pe={pe!r} gives none: use pe='layerwise'"),
+        (pe == "absolute" and not add_input,
+         "pe='absolute' with add_input=False leaves no PE at all: use pe='none' to say so"),
+        (isinstance(last_pe, bool) or last_pe not in (None, "shift", "free", *range(depth)),
+         f"unknown last_pe {last_pe!r}: choose from None, 0 (the initial PE), a block's number under {depth} (the PE "
+         "that it was given), 'shift', 'free'"),
+        (last_pe is not None and pool == "cls",
+         "last_pe acts on the mean over tokens: use pool='gap', or last_pe=None with a class token"),
+        (last_pe in range(depth) and pe == "none",
+         f"last_pe={last_pe} is a PE and pe='none' has none: use pe='layerwise', or last_pe=None"),
+        (last_pe in range(1, depth) and pe == "absolute",
+         f"last_pe={last_pe} is the PE of a block and pe='absolute' gives none: use last_pe=0, or pe='layerwise'"),
+    ):
+        if impossible:
             raise ValueError(message)
 
 
@@ -303,19 +282,19 @@ def fold(model):
     tokens, so it moves into the head's bias (the copy's forward_features() is without it). Raises ValueError for a
     model in training mode; the copy raises RuntimeError on .train().
     """
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("fold() makes a copy for inference: call model.eval() first")
     folded = copy.deepcopy(model).requires_grad_(False)
     per_block, last = folded.delivered_pe()
     for block, pe in zip(folded.blocks, per_block):
         block.pe_norm = None if pe is None else _Stored(pe)
     if last is not None:
-        folded.head.bias += folded.head.weight @ last.mean(dim=(0, 1))
+        folded.head.bias += folded.head.weight @ last.reshape(-1, last.shape[-1]).mean(dim=0)
         folded.last_pe = folded.pe_norm = folded.last_shift = folded.last_pos_embed = None
     if not folded.add_input:
         folded.pos_embed = None
     folded.folded = True
-    return folded
+    return folded.eval()
 
 
 def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
@@ -339,46 +318,64 @@ def _read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain values; DeiT and LaPE save one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # no such file: its own message is clear
+    except (FileNotFoundError, IsADirectoryError, PermissionError):  # their own messages are clear
         raise
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} cannot be loaded safely: it is damaged or holds more than tensors and plain values; "
                          "where you trust it, re-save its state_dict() alone") from error
 
 
+def _fit_pos_embed(table, new_grid, prefix, old_grid):
+    """-> a checkpoint's PE table on the model's grid; as it is where only the caller can tell the grid it is of."""
+    rows = table.shape[1] - prefix
+    side = math.isqrt(max(rows, 0))
+    if old_grid is None and rows == math.prod(new_grid) and side ** 2 == rows and new_grid != (side, side):
+        raise ValueError(f"the file's PE may be of a {side}x{side} grid or of the model's {new_grid[0]}x{new_grid[1]}: "
+                         "say which with old_grid=(h, w)")
+    if old_grid is None and (rows == math.prod(new_grid) or side ** 2 != rows or side == 0):
+        return table
+    return resize_pos_embed(table, old_grid or (side, side), new_grid, prefix)
+
+
 def load_weights(model, source, *, new_head=False, old_grid=None):
     """Loads a checkpoint's path, or a state dict, into the model and returns the model. DeiT's, timm's and LaPE's fit.
 
-    A PE of another grid is resized; old_grid, (h, w) in patches, names the file's where that is neither square nor the
-    model's. new_head: keep the model's own head where the file's has another number of classes. Raises ValueError that
+    A PE of another grid is resized, a fixed one too; old_grid, (h, w) in patches, names the file's grid where it is not
+    square. new_head: keep the model's own head where the file's has another number of classes. Raises ValueError that
     names every missing, unexpected or misshapen key; the model is then unchanged.
     """
-    state = source if isinstance(source, Mapping) else _read_checkpoint(source)
+    state = _read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping):
-        raise ValueError(f"a state dict or a file of one is needed, this is a {type(state).__name__}")
+        raise ValueError(f"a path or a state dict is needed, this is a {type(state).__name__}")
     state, own = dict(state), model.state_dict()
-    shape = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    plain = {name for name, value in state.items()
+             if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta}
 
     prefix = int("cls_token" in state)
-    for name in {"pos_embed", "last_pos_embed"} & state.keys() & own.keys():
-        rows, dim = own[name].shape[1:]
-        same_kind = prefix == (model.cls_token is not None) and len(shape[name]) == 3 and shape[name][2] == dim
-        if same_kind and (old_grid or shape[name][1] != rows):
-            side = math.isqrt(shape[name][1] - prefix)
-            state[name] = resize_pos_embed(state[name], old_grid or (side, side), model.grid, prefix)
-    if new_head and "head.weight" in state and shape["head.weight"][:1] != own["head.weight"].shape[:1]:
+    for name in {"pos_embed", "last_pos_embed"} & plain & own.keys():
+        if state[name].ndim == 3 and prefix == (model.cls_token is not None):
+            state[name] = _fit_pos_embed(state[name], model.grid, prefix, old_grid)
+    if new_head and "head.weight" in plain and state["head.weight"].shape[:1] != own["head.weight"].shape[:1]:
         state.update({name: own[name] for name in ("head.weight", "head.bias")})
+        plain |= {"head.weight", "head.bias"}
 
     problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in own]
-    problems += [f"{name} is {shape[name]}, the model's {tuple(own[name].shape)}" for name in own
-                 if name in state and getattr(state[name], "shape", None) != own[name].shape]
+    for name, value in state.items():
+        if name not in own:
+            problems.append(f"unexpected {name}")
+        elif name not in plain:
+            problems.append(f"{name} is no plain tensor")
+        elif value.shape != own[name].shape:
+            problems.append(f"{name} is {tuple(value.shape)}, the model's {tuple(own[name].shape)}")
+            if name == "head.weight":
+                problems[-1] += " (new_head=True starts a new head)"
+            elif name in ("pos_embed", "last_pos_embed"):
+                problems[-1] += " (old_grid=(h, w) names the file's grid where it is not square)"
     if problems:
-        head = " (new_head=True starts a new head)" if any(p.startswith("head.") for p in problems) else ""
-        raise ValueError(f"these weights do not fit the model: {'; '.join(problems)}{head}")
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state)
     return model
 

@@ -1,5 +1,6 @@
 """The specification of mpvg.py and train.py: `python -m pytest`. Nothing here asserts a timing."""
 import argparse
+import inspect
 import itertools
 import json
 import math
@@ -189,6 +190,39 @@ def test_parameter_counts_of_all_presets_and_methods():
         assert count(name, "mpvg-free") == pvg + 2 * D + N * D
 
 
+def test_methods_are_the_papers():
+    """Every toggle of every row, unspoken ones included: pe, pool, last_pe, layer0, hierarchical, add_input."""
+    rows = {
+        "default": ("absolute", "cls", None, False, True, True),
+        "gap": ("absolute", "gap", None, False, True, True),
+        "lape": ("layerwise", "cls", None, True, True, False),
+        "lape-gap": ("layerwise", "gap", None, True, True, False),
+        "pvg": ("layerwise", "gap", None, False, True, True),
+        "mpvg": ("layerwise", "gap", 0, False, True, True),
+        "gap-last-pe": ("absolute", "gap", 0, False, True, True),
+        "mpvg-shift": ("layerwise", "gap", "shift", False, True, True),
+        "mpvg-free": ("layerwise", "gap", "free", False, True, True),
+    }
+    default = {name: p.default for name, p in inspect.signature(ViT).parameters.items()}
+    toggles = ("pe", "pool", "last_pe", "layer0", "hierarchical", "add_input")
+    assert {m: tuple({**default, **row}[t] for t in toggles) for m, row in METHODS.items()} == rows
+
+
+def test_presets_are_the_recipes():
+    deit = dict(image_size=224, patch_size=16, in_channels=3, num_classes=1000, depth=12, mlp_ratio=4, qkv_bias=True,
+                norm_eps=1e-6, attn_drop=0, drop_path=0.1, block="prenorm", init="deit", pe_init="learned", pe_std=0.02)
+    small = dict(deit, image_size=32, num_classes=100, mlp_ratio=2)
+    presets = {
+        "deit-tiny": dict(deit, dim=192, heads=3), "deit-small": dict(deit, dim=384, heads=6),
+        "deit-base": dict(deit, dim=768, heads=12),
+        "vit-nano": dict(small, patch_size=8, dim=128, depth=4, heads=4, drop_path=0),
+        "vit-lite": dict(small, patch_size=4, dim=256, depth=7, heads=4, qkv_bias=False, norm_eps=1e-5, attn_drop=0.1,
+                         block="renorm", init="vit-lite", pe_std=0.2),
+    }
+    default = {name: inspect.signature(ViT).parameters[name].default for name in (*deit, "dim", "heads")}
+    assert {name: {**default, **row} for name, row in MODELS.items()} == presets
+
+
 def test_python_mpvg_prints_methods_and_counts(capsys):
     mpvg.main()
     out = capsys.readouterr().out
@@ -249,6 +283,9 @@ def test_fact_1_every_pe_term_can_be_stored(dtype, tolerance):
         assert not folded.eval().training
         with pytest.raises(ValueError, match="eval"):
             fold(model.train())
+        model.eval().blocks[1].train()
+        with pytest.raises(ValueError, match="eval"):
+            fold(model)
 
 
 def test_fold_leaves_the_model_alone():
@@ -257,6 +294,9 @@ def test_fold_leaves_the_model_alone():
     fold(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.pe_norm is not None and all(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in fold(model).parameters())
+    assert fold(tiny("lape")).pos_embed is None                                 # LaPE's tokens never see the table
+    torch.testing.assert_close(fold(fold(model))(images()), model(images()))
 
 
 def test_fact_2_the_last_pe_is_a_bias_of_the_head():
@@ -344,6 +384,16 @@ def test_drop_path_is_per_sample_and_keeps_the_mean():
     assert [b.drop_path for b in model.blocks] == pytest.approx([0, 0.15, 0.3])
 
 
+@pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
+def test_drop_path_drops_either_branch(silent):
+    """With one branch zeroed and the other (all but) always dropped, a block in training is the identity."""
+    block, x = tiny("mpvg", drop_path=0.9999).blocks[2], torch.randn(5, 6, 16, dtype=torch.float64)
+    torch.nn.init.zeros_(block.get_submodule(silent).weight), torch.nn.init.zeros_(block.get_submodule(silent).bias)
+    assert (block(x) - x).abs().max() > 0.1
+    torch.manual_seed(0)
+    assert torch.equal(block.train()(x), x)
+
+
 @pytest.mark.parametrize("noise", [dict(attn_drop=0.5), dict(drop_path=0.5)], ids=str)
 def test_dropout_acts_in_training_only(noise):
     model, x = tiny("mpvg", **noise), images()
@@ -374,7 +424,7 @@ def test_initialisation():
 
 
 def test_a_seed_gives_all_methods_the_same_weights():
-    """So that a comparison can be paired by seed; PE tables differ in size, norms start alike anyway."""
+    """So that a comparison can be paired by seed; class-token PE tables are larger, norms start alike."""
     states = []
     for method in METHODS:
         torch.manual_seed(3)
@@ -382,6 +432,8 @@ def test_a_seed_gives_all_methods_the_same_weights():
     for state in states:
         for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.weight", "head.weight"):
             assert torch.equal(state[name], states[0][name])
+    gap = [state["pos_embed"] for method, state in zip(METHODS, states) if METHODS[method]["pool"] == "gap"]
+    assert all(torch.equal(table, gap[0]) for table in gap)
 
 
 def test_model_options_reach_the_model():
@@ -399,8 +451,9 @@ def test_model_options_reach_the_model():
     (dict(pool="cls", last_pe=0), "use pool='gap'"),
     (dict(pool="cls", last_pe="shift"), "use pool='gap'"),
     (dict(pool="gap", pe="none", last_pe=0), "pe='none' has none"),
+    (dict(pool="gap", pe="none", last_pe=1), "pe='none' has none"),
     (dict(pool="gap", pe="absolute", last_pe=1), "use last_pe=0, or pe='layerwise'"),
-    (dict(pool="gap", pe="layerwise", last_pe=3), "1 to 2 (the PE of that block)"),
+    (dict(pool="gap", pe="layerwise", last_pe=3), "a block's number under 3"),
     (dict(pool="gap", pe="layerwise", last_pe=-1), "unknown last_pe -1"),
     (dict(pool="gap", pe="layerwise", last_pe=True), "unknown last_pe True"),
     (dict(pool="gap", pe="layerwise", last_pe="first"), "choose from None, 0 (the initial PE)"),
@@ -413,8 +466,9 @@ def test_model_options_reach_the_model():
     (dict(dim=6, heads=2, pe_init="sincos"), "by 4 for pe_init='sincos'"),
     (dict(depth=0), "depth=0 is not a positive"),
     (dict(patch_size=2.5), "patch_size=2.5 is not a positive"),
-    (dict(drop_path=1.0), "drop_path=1.0"),
-    (dict(attn_drop=-0.1), "attn_drop=-0.1"),
+    (dict(image_size=32.0), "image_height=32.0 is not a positive"),
+    (dict(image_size=(8, 12.0)), "image_width=12.0 is not a positive"),
+    (dict(heads=True), "heads=True is not a positive"),
     (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none"),
     (dict(pool="max"), "choose from cls, gap"),
     (dict(block="postnorm"), "choose from prenorm, renorm"),
@@ -477,12 +531,15 @@ def test_load_weights_from_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_weights(source, tmp_path / "absent.pt")
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="this is a list"):
-        load_weights(source, path)
+    for wrong, kind in ((path, "list"), (None, "NoneType"), (source, "ViT")):
+        with pytest.raises(ValueError, match=f"this is a {kind}$"):
+            load_weights(source, wrong)
     torch.save(source.state_dict(), path)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="model.pt cannot be loaded safely: it is damaged"):
-        load_weights(source, path)
+    whole = path.read_bytes()
+    for size in (0, 2000, len(whole) // 2, len(whole) - 100, *range(1, len(whole), 499)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="model.pt cannot be loaded safely: it is damaged"):
+            load_weights(source, path)
 
 
 class Trap:
@@ -513,9 +570,25 @@ def test_load_weights_names_every_misfit():
     for part in ("missing norm.weight", "missing pe_norm.bias", "unexpected surplus",
                  "blocks.0.attn.proj.bias is (3,), the model's (16,)"):
         assert part in str(error.value)
+    assert "new_head" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="unexpected cls_token.*pos_embed is"):
+    with pytest.raises(ValueError, match="pos_embed is.*unexpected cls_token|unexpected cls_token.*pos_embed is"):
         load_weights(tiny("gap"), tiny("default").state_dict())
+    with pytest.raises(ValueError, match="unexpected dist_token") as error:     # DeiT's distilled table: 8 rows, not 7
+        load_weights(tiny("default"), {**tiny("default").state_dict(), "dist_token": torch.zeros(1),
+                                       "pos_embed": torch.zeros(1, 8, 16)})
+    assert "pos_embed is (1, 8, 16), the model's (1, 7, 16) (old_grid" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.zeros((1, 6, 16)), 3, None, torch.zeros(1, 6, 16).to_sparse(),
+                                   torch.zeros(1, 6, 16, device="meta"), torch.zeros(1, 0, 16), torch.zeros(16)],
+                         ids=["array", "number", "None", "sparse", "meta", "empty", "vector"])
+def test_load_weights_refuses_what_is_no_weight(value):
+    model = tiny("mpvg")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="pos_embed is"):
+        load_weights(model, {**tiny("mpvg", seed=3).state_dict(), "pos_embed": value})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_load_weights_replaces_the_head_only_when_asked():
@@ -538,14 +611,23 @@ def test_load_weights_resizes_the_pe(method):
         expected = resize_pos_embed(square.state_dict()[name], (2, 2), (2, 3), prefix)
         assert torch.equal(wide.state_dict()[name], expected)
     larger = tiny(method, seed=6, image_size=16)                                # 2x3 -> 4x4: has to be told
-    with pytest.raises(ValueError, match="give old_grid"):
+    with pytest.raises(ValueError, match="old_grid"):
         load_weights(larger, wide.state_dict())
+    with pytest.raises(ValueError, match="give old_grid"):
+        load_weights(larger, wide.state_dict(), old_grid=(3, 3))
     load_weights(larger, wide.state_dict(), old_grid=(2, 3))
     assert torch.equal(larger.pos_embed, resize_pos_embed(wide.pos_embed, (2, 3), (4, 4), prefix))
     tall = tiny(method, seed=7, image_size=(12, 8))                             # 2x3 -> 3x2: as many rows
     load_weights(tall, wide.state_dict(), old_grid=(2, 3))
     assert torch.equal(tall.pos_embed, resize_pos_embed(wide.pos_embed, (2, 3), (3, 2), prefix))
     assert not torch.equal(tall.pos_embed, wide.pos_embed)
+    long = tiny(method, seed=8, image_size=(8, 32))                             # 4x4 or its own 2x8? 16 rows both
+    with pytest.raises(ValueError, match="4x4 grid or of the model's 2x8"):
+        load_weights(long, larger.state_dict())
+    load_weights(long, larger.state_dict(), old_grid=(4, 4))
+    assert torch.equal(long.pos_embed, resize_pos_embed(larger.pos_embed, (4, 4), (2, 8), prefix))
+    again = load_weights(tiny(method, seed=9, image_size=(8, 32)), long.state_dict(), old_grid=(2, 8))
+    assert torch.equal(again.pos_embed, long.pos_embed)
 
 
 # ----------------------------------------------------------------------------------------------------------- train.py
@@ -555,8 +637,8 @@ make_numbers = train.numbers
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """Runs train.py's command on 200 training images -> its result; run folders lie in tmp_path / "runs"."""
-    monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(count // 100, seed))
+    """Runs train.py's command on 200 training and 40 test images -> its result; runs go to tmp_path / "runs"."""
+    monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(200 if seed == 1 else 40, seed))
 
     def run(*flags):
         flags = [*map(str, flags)]
@@ -622,34 +704,77 @@ def test_flags_name_a_row(command, tmp_path, flags, method, overrides):
     assert folder.name == f"{label}-vit-nano-numbers-seed0" and f"method    {label}: " in result.output
 
 
-def test_every_recipe_flag_reaches_what_it_names(command, tmp_path, monkeypatch):
-    made = []
-    AdamW = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **k: made.append(AdamW(groups, **k)) or made[-1])
-    result = command("--epochs", 3, "--batch-size", 25, "--lr", 0.25, "--weight-decay", 0.75, "--seed", 7,
-                     "--name", "mine")
+def test_model_and_name_reach_the_run(command, tmp_path):
+    result = command("--epochs", 1, "--batch-size", 100, "--model", "vit-lite", "--name", "lite")
+    assert result.exit_code == 0, result.output
+    checkpoint = torch.load(tmp_path / "runs" / "lite" / "last.pt", weights_only=True)
+    load_weights(create("vit-lite", "mpvg"), checkpoint)
+
+
+def plain_loop(recipe, model, train_set, test_set, seed):
+    """What `train.py` must do, written out on its own. -> (model, losses, accuracies of the epochs)"""
+    torch.manual_seed(seed)
+    model = create(model, "mpvg")
+    tables = {"pos_embed"} if not recipe["decay_pe"] else set()
+    decays = {n: p.ndim >= 2 and n not in tables for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([
+        dict(params=[p for n, p in model.named_parameters() if decays[n]], weight_decay=recipe["weight_decay"]),
+        dict(params=[p for n, p in model.named_parameters() if not decays[n]], weight_decay=0)])
+    (images, labels), size, losses, accuracies = train_set, recipe["batch_size"], [], []
+    steps = len(images) // size
+    mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
+    for epoch in range(recipe["epochs"]):
+        order, total = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)), 0
+        for i in range(steps):
+            rows = order[i * size:(i + 1) * size]
+            x = (images[rows] / 255 - mean) / std
+            if recipe["flip"]:
+                flips = torch.rand(size, 1, 1, 1) < 0.5
+                x = torch.stack([image.flip(-1) if f else image for image, f in zip(x, flips)])
+            t = epoch + i / steps
+            warmup = min(recipe["warmup_epochs"], recipe["epochs"] / 10)
+            for group in optimizer.param_groups:
+                group["lr"] = (1e-6 + (recipe["lr"] - 1e-6) * t / warmup if t < warmup else recipe["min_lr"] +
+                               (recipe["lr"] - recipe["min_lr"]) * (1 + math.cos(math.pi * t / recipe["epochs"])) / 2)
+            optimizer.zero_grad()
+            logs = model(x).log_softmax(1)
+            nll = -logs[torch.arange(size), labels[rows]]
+            smooth = recipe["label_smoothing"]
+            loss = ((1 - smooth) * nll - smooth * logs.mean(1)).mean()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        losses.append(total / steps)
+        hits = (model.eval()((test_set[0] / 255 - mean) / std).argmax(1) == test_set[1]).float()
+        accuracies.append(100 * hits.mean().item())
+        model.train()
+    return model, losses, accuracies
+
+
+@pytest.mark.parametrize("data", ["numbers", "cifar100"])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_run_is_the_plain_loop(command, monkeypatch, tmp_path, data, seed):
+    train_set, test_set = make_numbers(200, 1), make_numbers(40, 2)
+    monkeypatch.setattr(train, "cifar100", lambda root, train: train_set if train else test_set)
+    changes = dict(epochs=3, batch_size=48, lr=0.004, weight_decay=0.2)
+    recipe = dict(train.RECIPES[data], **changes)
+    monkeypatch.setitem(train.RECIPES, data, dict(train.RECIPES[data], label_smoothing=0.3))
+    recipe["label_smoothing"] = 0.3
+    flags = [part for key, value in changes.items() for part in ("--" + key.replace("_", "-"), value)]
+    result = command("--data", data, "--model", "vit-nano", "--seed", seed, *flags)
     assert result.exit_code == 0, result.output
     folder, config = run_folder(tmp_path)
-    assert folder.name == "mine" and config["seed"] == 7 and config["model"] == "vit-nano" and config["lr"] == 0.25
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 3
-    assert [g["weight_decay"] for g in made[0].param_groups] == [0.75, 0.0]
-    assert made[0].state[made[0].param_groups[0]["params"][0]]["step"] == 3 * 200 // 25
-    assert made[0].param_groups[0]["lr"] == pytest.approx(train.lr_at(23 / 8, epochs=3, warmup_epochs=0.3, lr=0.25,
-                                                                     min_lr=1e-5))
-    assert command("--epochs", 1, "--model", "vit-lite", "--name", "lite").exit_code == 0
-    checkpoint = torch.load(folder.parent / "lite" / "last.pt", weights_only=True)
-    assert "blocks.6.pe_norm.weight" in checkpoint["model"]
-
-
-def test_a_seed_repeats_a_run_and_another_does_not(command, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert command("--epochs", 1, "--seed", seed, "--name", name).exit_code == 0
-    a, b, c = (torch.load(tmp_path / "runs" / n / "last.pt", weights_only=True)["model"]["head.weight"] for n in "abc")
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert config["seed"] == seed and config["lr"] == 0.004 and config["model"] == "vit-nano"
+    model, losses, accuracies = plain_loop(recipe, "vit-nano", train_set, test_set, seed)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-4)
+    assert [line["test_accuracy"] for line in log] == pytest.approx(accuracies, abs=0.01)
+    for name, value in torch.load(folder / "last.pt", weights_only=True)["model"].items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=2e-4)
 
 
 def test_default_data_depends_on_the_accelerator(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(count // 50, seed))
+    monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(200, seed))
     monkeypatch.setattr(train, "accelerator", lambda: None)
     result = CliRunner().invoke(train.app, ["--epochs", "1", "--runs", str(tmp_path)])
     assert result.output.startswith("data      numbers (no accelerator found") and result.exit_code == 0
@@ -684,7 +809,16 @@ def test_cifar100_is_torchvisions(monkeypatch, tmp_path):
     (["--model", "deit-tiny"], "use vit-lite or vit-nano"),
     (["--batch-size", "401"], "--batch-size 401 is more than the 200"),
     (["--device", "cuda:99"], "cuda"),
-    (["--device", "abacus"], "abacus"),
+    (["--device", "abacus"], "unknown --device 'abacus': choose from auto, cpu"),
+    (["--device", "meta"], "unknown --device 'meta'"),
+    (["--method", ""], "unknown method ''"),
+    (["--name", ""], "is not the name of one folder"),
+    (["--name", "../up"], "is not the name of one folder"),
+    (["--name", "."], "is not the name of one folder"),
+    (["--name", ".."], "is not the name of one folder"),
+    (["--name", "x" * 201], "is not the name of one folder"),
+    (["--lr", "inf"], "must be finite"),
+    (["--weight-decay", "inf"], "must be finite"),
     (["--runs", __file__], "choose another --runs"),
     (["--lr", "1e30", "--batch-size", "20"], "lower --lr"),
 ], ids=str)
@@ -695,7 +829,8 @@ def test_a_users_mistake_gets_one_line(command, flags, says):
 
 
 @pytest.mark.parametrize("flags", [["--epochs", "0"], ["--batch-size", "-3"], ["--lr", "-1"], ["--pe", "rope"],
-                                   ["--weight-decay", "-1"], ["--surplus"], ["--pool", "max"], ["--data", "mnist"]])
+                                   ["--weight-decay", "-1"], ["--seed", "-1"], ["--seed", str(2**32)], ["--lr", "nan"],
+                                   ["--surplus"], ["--pool", "max"], ["--data", "mnist"]])
 def test_nonsense_is_refused(command, flags):
     assert command(*flags).exit_code == 2
 
@@ -715,7 +850,9 @@ def test_a_run_is_not_overwritten_unless_asked(command, tmp_path):
     before = (folder / "last.pt").read_bytes()
     again = command("--epochs", 1, "--seed", 0)
     assert again.exit_code == 2 and "--overwrite" in again.stderr and (folder / "last.pt").read_bytes() == before
+    (folder / "log.jsonl").write_text("old\n" * 9)
     assert command("--epochs", 2, "--overwrite").exit_code == 0
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 2
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
 
 
@@ -731,6 +868,15 @@ def test_lr_at():
     assert train.lr_at(5, **recipe) == pytest.approx((1e-6 + 6e-4) / 2)
     for epoch, value in ((10, 5.984e-4), (150, 3.05e-4), (299, 1.002e-5), (305, 1e-5)):
         assert train.lr_at(epoch, **recipe) == pytest.approx(value, rel=1e-3)
+    for lr in (0, 1e-9, 1e-6):                                                  # never above the peak
+        assert max(train.lr_at(t / 10, **{**recipe, "lr": lr}) for t in range(3100)) == pytest.approx(lr)
+
+
+def test_recipes_are_the_published_ones():
+    published = dict(batch_size=128, lr=6e-4, min_lr=1e-5, weight_decay=0.06, label_smoothing=0.1, decay_pe=True,
+                     mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761], model="vit-lite", flip=True)
+    assert {key: train.RECIPES["cifar100"][key] for key in published} == published
+    assert not train.RECIPES["numbers"]["flip"]                                 # a mirrored number is another one
 
 
 @pytest.mark.parametrize("decay_pe", [False, True])
@@ -748,7 +894,6 @@ def test_every_parameter_is_in_one_group(method, decay_pe):
 
 
 def test_flip_is_per_image_and_only_for_cifar100(monkeypatch, tmp_path):
-    assert train.RECIPES["cifar100"]["flip"] and not train.RECIPES["numbers"]["flip"]
     seen = []
     real = create("vit-nano", "mpvg")
     data = torch.arange(32, dtype=torch.uint8).expand(64, 3, 32, 32).contiguous()     # a ramp from left to right

@@ -24,7 +24,7 @@ from mpvg import METHODS, MODELS, create
 
 # What a flag is where it is not given. cifar100: ViT-Lite's numbers, without its augmentation and 310 epochs for now.
 RECIPES = {
-    "numbers": dict(model="vit-nano", epochs=7, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_epochs=1,
+    "numbers": dict(model="vit-nano", epochs=5, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_epochs=1,
                     weight_decay=0.05, label_smoothing=0.0, decay_pe=False, flip=False,
                     mean=[0.5, 0.5, 0.5], std=[0.3, 0.3, 0.3]),
     "cifar100": dict(model="vit-lite", epochs=30, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_epochs=3,
@@ -75,7 +75,7 @@ def numbers(count, seed):
     dark, light = uniform(0.0, 0.4, 3, 1, 1), uniform(0.6, 1.0, 3, 1, 1)
     swap = uniform(0, 1, 1, 1, 1) < 0.5
     ink, paper = torch.where(swap, dark, light), torch.where(swap, light, dark)
-    images = paper + (ink - paper) * mask + 0.1 * torch.randn(count, 3, 32, 32, generator=generator)
+    images = paper + (ink - paper) * mask + 0.15 * torch.randn(count, 3, 32, 32, generator=generator)
     return (images.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
@@ -98,7 +98,7 @@ def normaliser(mean, std, device):
 def load_data(name, root, device):
     """-> {"train": (images, labels), "test": ...} on the device, images as uint8."""
     if name == "numbers":
-        data = {"train": numbers(20_000, seed=1), "test": numbers(4_000, seed=2)}
+        data = {"train": numbers(30_000, seed=1), "test": numbers(4_000, seed=2)}
     else:
         data = {split: cifar100(root, train=split == "train") for split in ("train", "test")}
     return {split: (images.to(device), labels.to(device)) for split, (images, labels) in data.items()}
@@ -108,6 +108,7 @@ def load_data(name, root, device):
 
 def lr_at(epoch, *, epochs, warmup_epochs, lr, min_lr, warmup_lr=1e-6):
     """Learning rate after `epoch` epochs, fractions too: linear warm-up, then a cosine that ends at min_lr."""
+    warmup_lr, min_lr = min(warmup_lr, lr), min(min_lr, lr)          # lr is the peak, however small
     if epoch < warmup_epochs:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
@@ -115,13 +116,10 @@ def lr_at(epoch, *, epochs, warmup_epochs, lr, min_lr, warmup_lr=1e-6):
 
 def parameter_groups(model, weight_decay, decay_pe):
     """Two groups for AdamW: matrices decay, biases and norms do not; PE tables and the class token only if asked."""
-    def decays(name, parameter):
-        is_pe = name in ("pos_embed", "last_pos_embed", "cls_token")
-        return parameter.ndim > 1 and (decay_pe or not is_pe)
-
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        groups[decays(name, parameter)].append(parameter)
+        is_pe = name in ("pos_embed", "last_pos_embed", "cls_token")
+        groups[parameter.ndim > 1 and (decay_pe or not is_pe)].append(parameter)
     return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
 
 
@@ -181,8 +179,9 @@ def train(
     batch_size: Annotated[int | None, flag("Recipe", "Images a step.", default="batch_size", min=1)] = None,
     lr: Annotated[float | None, flag("Recipe", "Peak learning rate of AdamW.", default="lr", min=0)] = None,
     weight_decay: Annotated[float | None, flag(
-        "Recipe", "Of matrices; biases and norms do not decay.", default="weight_decay", min=0)] = None,
-    seed: Annotated[int, flag("Run", "Of weights and order.")] = 0,
+        "Recipe", "Of matrices, with cifar100 also of PE and class token; never of biases and norms.",
+        default="weight_decay", min=0)] = None,
+    seed: Annotated[int, flag("Run", "Of weights and order.", min=0, max=2**32 - 1)] = 0,
     device: Annotated[str, flag("Run", "auto (an accelerator where there is one), cpu, cuda or mps.")] = "auto",
     name: Annotated[str | None, flag("Run", "Folder of this run.", default="METHOD-MODEL-DATA-seedN")] = None,
     runs: Annotated[Path, flag("Run", "Where run folders go.")] = Path("runs"),
@@ -199,19 +198,24 @@ def train(
     data = data or ("cifar100" if found else "numbers")
     if data == "imagenet":
         fail("--data imagenet cannot be trained by this version: use --data cifar100 or --data numbers")
-    if method and (pe or pool or mpvg):
+    if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        fail(f"unknown --device {device!r}: choose from auto, cpu, cuda, mps, xpu")
+    if not math.isfinite((lr or 0) + (weight_decay or 0)):
+        fail("--lr and --weight-decay must be finite numbers")
+    if method is not None and (pe or pool or mpvg):
         fail("--method names a whole row: leave out --pe, --pool and --mpvg, or --method")
-    if not (method or pe or pool or mpvg):
-        mpvg = True
-    row = (pe or "layerwise", pool or "gap", mpvg)
-    method = method or ROWS.get(row) or fail(f"--mpvg needs a PE and --pool gap, not --pe {row[0]} --pool {row[1]}")
+    if method is None:
+        row = (pe or "layerwise", pool or "gap", mpvg or not (pe or pool))
+        method = ROWS.get(row) or fail(f"--mpvg needs a PE and --pool gap, not --pe {row[0]} --pool {row[1]}")
     overrides = {"pe": "none"} if pe == "none" else {}
     recipe = dict(RECIPES[data], **{key: value for key, value in dict(
         model=model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay).items()
         if value is not None})
     recipe["warmup_epochs"] = min(recipe["warmup_epochs"], recipe["epochs"] / 10)  # short runs warm up shortly
     label = "-".join([method, *(f"{key}={value}" for key, value in overrides.items())])
-    name = name or f"{label}-{recipe['model']}-{data}-seed{seed}"
+    name = f"{label}-{recipe['model']}-{data}-seed{seed}" if name is None else name
+    if Path(name).name != name or name in ("", "..") or len(name) > 200:
+        fail(f"--name {name!r} is not the name of one folder: --runs says where it goes")
     config = dict(data=data, method=method, overrides=overrides, seed=seed, device=device, **recipe,
                   torch=str(torch.__version__), torchvision=torchvision.__version__, python=platform.python_version())
 
