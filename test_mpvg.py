@@ -549,7 +549,7 @@ class Trap:
 
 def test_load_weights_runs_no_code(tmp_path, capsys):
     torch.save({"model": Trap()}, tmp_path / "zip.pt")
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"model": Trap()}))
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"model": Trap()}, protocol=2))
     for name in ("zip.pt", "raw.pt"):
         with pytest.raises(ValueError, match="cannot be loaded safely") as error:
             load_weights(tiny(), tmp_path / name)
@@ -907,7 +907,17 @@ def test_flip_is_per_image_and_only_for_cifar100(monkeypatch, tmp_path):
     assert 10 < flipped.sum() < 54
 
 
-def test_help_and_a_real_process(tmp_path):
+def test_the_examples_for_readers_run():
+    code = re.findall(r"```python\n(.*?)```", (Path(__file__).parent / "README.md").read_text(), re.S)
+    shown = {}
+    exec(code[0], shown)
+    assert shown["logits"].shape == (2, 10) and shown["tokens"].shape == (2, 128, 192) and shown["fast"].folded
+    lines = re.findall(r"^    ((?:import|from|model =|logits = model).*)", mpvg.__doc__, re.M)
+    exec("\n".join(lines), shown)
+    assert len(lines) == 4 and shown["logits"].shape == (8, 100)
+
+
+def test_help_and_a_real_process():
     root = Path(__file__).parent
     shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=root, capture_output=True, text=True)
     flags = ("--pe", "--pool", "--mpvg", "--method", "--model", "--data", "--data-dir", "--epochs", "--batch-size",
