@@ -9,7 +9,7 @@ output.
     x_0     = patch_embed(image) + pos_0                  LaPE: without pos_0
     e_1     = LN'_1(pos_0),  e_l = LN'_l(e_{l-1})         LaPE: starts one block earlier, e_0 = LN'_0(pos_0)
     x'_l    = x_l + MSA(LN_l(x_l) + e_l)                  block 0: LN_0(x_0) alone, its input already holds pos_0
-    x_{l+1} = x'_l + MLP(LN''_l(x'_l))                    the PE enters the attention, never the stream or the MLP
+    x_{l+1} = x'_l + MLP(LN''_l(x'_l))                    e_l enters the attention, never the stream or the MLP
     y       = LN(x_L) + LN'(pos_0)                        the step that makes PVG into MPVG
     logits  = head(mean of y over the tokens)             methods with a class token: head(y of that token)
 
@@ -138,9 +138,9 @@ class ViT(nn.Module):
                  init="deit", pe_init="learned", pe_std=0.02,
                  pe="absolute", pool="cls", last_pe=None, layer0=False, hierarchical=True, add_input=True):
         super().__init__()
-        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-        _check_options(height, width, patch_size, in_channels, num_classes, dim, depth, heads, block, init, pe_init,
-                       pe, pool, last_pe, layer0, hierarchical, add_input)
+        height, width = _check_options(image_size, patch_size, in_channels, num_classes, dim, depth, heads, attn_drop,
+                                       drop_path, block, init, pe_init, pe, pool, last_pe, layer0, hierarchical,
+                                       add_input)
         self.image_shape = (in_channels, height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.pool, self.last_pe, self.hierarchical = pool, last_pe, hierarchical
@@ -190,14 +190,14 @@ class ViT(nn.Module):
                 e = per_block[-1]
         if self.last_pe in (None, "shift"):
             return per_block, self.last_shift                       # one vector, (D), or None
-        table = self.last_pos_embed if self.last_pe == "free" else [self.pos_embed, *per_block[1:]][self.last_pe]
-        return per_block, self.pe_norm(table)
+        tables = [self.pos_embed, *per_block[1:]]                   # 0 is pos_0, also where block 0 is given an e_0
+        return per_block, self.pe_norm(self.last_pos_embed if self.last_pe == "free" else tables[self.last_pe])
 
     def forward_features(self, images):
         """Images (B, C, H, W) -> tokens after the last norm and its PE, (B, N, D); with a class token it is row 0."""
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images {tuple(images.shape)} are not (B, {', '.join(map(str, self.image_shape))}): "
-                             "resize them, or build a model of their image_size and load_weights() into it")
+                             "give such a batch, or build a model of their image_size and load_weights() into it")
         per_block, last = self.delivered_pe()
         x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, D, h, w) -> (B, N, D), row by row
         if self.cls_token is not None:
@@ -226,8 +226,13 @@ def _check_words(**options):
             raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
 
 
-def _check_options(height, width, patch_size, in_channels, num_classes, dim, depth, heads, block, init, pe_init,
-                   pe, pool, last_pe, layer0, hierarchical, add_input):
+def _check_options(image_size, patch_size, in_channels, num_classes, dim, depth, heads, attn_drop, drop_path, block,
+                   init, pe_init, pe, pool, last_pe, layer0, hierarchical, add_input):
+    """-> height and width of the images."""
+    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2:
+        raise ValueError(f"image_size={image_size!r} is neither an int nor (height, width)")
+    height, width = sides
     for name, value in dict(image_height=height, image_width=width, patch_size=patch_size, in_channels=in_channels,
                             num_classes=num_classes, dim=dim, depth=depth, heads=heads).items():
         if type(value) is not int or value < 1:
@@ -239,8 +244,11 @@ def _check_options(height, width, patch_size, in_channels, num_classes, dim, dep
          f"image_size {height}x{width} is not divisible by patch_size {patch_size}: change one"),
         (dim % heads or (pe_init == "sincos" and dim % 4),
          f"dim {dim} is not divisible by heads {heads}, or by 4 for pe_init='sincos': change one"),
+        (not (0 <= attn_drop < 1 and 0 <= drop_path < 1),
+         f"attn_drop={attn_drop!r} and drop_path={drop_path!r} must be probabilities in [0, 1)"),
         (pe != "layerwise" and (layer0 or not hierarchical),
-         f"layer0 and hierarchical shape the PE given to blocks, and pe={pe!r} gives none: use pe='layerwise'"),
+         f"layer0 and hierarchical shape the PE given to blocks, and pe={pe!r} gives none: use pe='layerwise', or "
+         "layer0=False and hierarchical=True"),
         (pe == "absolute" and not add_input,
          "pe='absolute' with add_input=False leaves no PE at all: use pe='none' to say so"),
         (isinstance(last_pe, bool) or last_pe not in (None, "shift", "free", *range(depth)),
@@ -255,6 +263,7 @@ def _check_options(height, width, patch_size, in_channels, num_classes, dim, dep
     ):
         if impossible:
             raise ValueError(message)
+    return height, width
 
 
 def create(model, method, **overrides):
@@ -375,14 +384,14 @@ def load_weights(model, source, *, new_head=False, old_grid=None):
             elif name in ("pos_embed", "last_pos_embed"):
                 problems[-1] += " (old_grid=(h, w) names the file's grid where it is not square)"
     if problems:
-        raise ValueError(f"these weights do not fit the model: {'; '.join(problems)}")
+        raise ValueError(f"these weights do not fit (another model, another method, or folded?): {'; '.join(problems)}")
     model.load_state_dict(state)
     return model
 
 
 PAPER_METHODS = ("default", "lape", "pvg", "mpvg")
 PAPER_PARAMETERS = {  # millions, cut to three digits, as published
-    "vit-lite": (3.740, 3.744, 3.742, 3.743), "deit-tiny": (5.717, 5.721, 5.721, 5.721),  # both lape: off by 0.001
+    "vit-lite": (3.740, 3.744, 3.742, 3.743), "deit-tiny": (5.717, 5.721, 5.721, 5.721),  # lape: 0.001 off, in both
     "deit-small": (22.050, 22.059, 22.058, 22.059), "deit-base": (86.567, 86.586, 86.583, 86.584),
 }
 
@@ -392,7 +401,8 @@ def main():
     print("method       " + "".join(f"{name:<13}" for name in toggles))
     for method, row in METHODS.items():
         print(f"{method:<13}" + "".join(f"{str(row.get(name, '-')):<13}" for name in toggles))
-    print("\nparameters (in the paper, millions, cut)\nmodel        " + "".join(f"{m:<21}" for m in PAPER_METHODS))
+    print("(-: none, or of no meaning there)\n\nparameters (in brackets: the paper's, in millions, cut)")
+    print("model        " + "".join(f"{method:<21}" for method in PAPER_METHODS))
     for name in MODELS:
         cells = ""
         for method, paper in zip(PAPER_METHODS, PAPER_PARAMETERS.get(name, (None,) * 4)):

@@ -469,6 +469,9 @@ def test_model_options_reach_the_model():
     (dict(image_size=32.0), "image_height=32.0 is not a positive"),
     (dict(image_size=(8, 12.0)), "image_width=12.0 is not a positive"),
     (dict(heads=True), "heads=True is not a positive"),
+    (dict(image_size=(3, 8, 8)), "image_size=(3, 8, 8) is neither"),
+    (dict(drop_path=1.0), "drop_path=1.0"),
+    (dict(attn_drop=-0.1), "attn_drop=-0.1"),
     (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none"),
     (dict(pool="max"), "choose from cls, gap"),
     (dict(block="postnorm"), "choose from prenorm, renorm"),
@@ -661,7 +664,7 @@ def test_numbers_are_balanced_and_repeatable():
     assert bright.min() < 90 and bright.max() > 160                             # light on dark and dark on light
 
 
-def test_a_run_leaves_its_record(command, tmp_path):
+def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
     result = command("--epochs", 2, "--pe", "layerwise", "--pool", "gap", "--mpvg")
     assert result.exit_code == 0, result.output
     first, *_, last = result.output.strip().splitlines()
@@ -678,6 +681,10 @@ def test_a_run_leaves_its_record(command, tmp_path):
     accuracy = train.evaluate(model, normalise, *make_numbers(40, 2))
     assert accuracy == pytest.approx(log[-1]["test_accuracy"], abs=0.01)
     assert not list(folder.glob("*.tmp"))
+    monkeypatch.chdir(tmp_path)                                                 # the README's way to load a run
+    shown = dict(torch=torch, create=create, load_weights=load_weights)
+    exec(readme_code()[1], shown)
+    assert torch.equal(shown["model"].head.weight, model.head.weight)
 
 
 @pytest.mark.parametrize("flags, method, overrides", [
@@ -851,6 +858,8 @@ def test_a_run_is_not_overwritten_unless_asked(command, tmp_path):
     again = command("--epochs", 1, "--seed", 0)
     assert again.exit_code == 2 and "--overwrite" in again.stderr and (folder / "last.pt").read_bytes() == before
     (folder / "log.jsonl").write_text("old\n" * 9)
+    assert command("--epochs", 1, "--overwrite", "--lr", "1e30", "--batch-size", 20).exit_code == 2   # a failing run
+    assert (folder / "last.pt").read_bytes() == before                          # costs nothing that was saved
     assert command("--epochs", 2, "--overwrite").exit_code == 0
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 2
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2
@@ -907,10 +916,13 @@ def test_flip_is_per_image_and_only_for_cifar100(monkeypatch, tmp_path):
     assert 10 < flipped.sum() < 54
 
 
+def readme_code():
+    return re.findall(r"```python\n(.*?)```", (Path(__file__).parent / "README.md").read_text(), re.S)
+
+
 def test_the_examples_for_readers_run():
-    code = re.findall(r"```python\n(.*?)```", (Path(__file__).parent / "README.md").read_text(), re.S)
     shown = {}
-    exec(code[0], shown)
+    exec(readme_code()[0], shown)
     assert shown["logits"].shape == (2, 10) and shown["tokens"].shape == (2, 128, 192) and shown["fast"].folded
     lines = re.findall(r"^    ((?:import|from|model =|logits = model).*)", mpvg.__doc__, re.M)
     exec("\n".join(lines), shown)

@@ -182,7 +182,7 @@ def train(
         "Recipe", "Of matrices, with cifar100 also of PE and class token; never of biases and norms.",
         default="weight_decay", min=0)] = None,
     seed: Annotated[int, flag("Run", "Of weights and order.", min=0, max=2**32 - 1)] = 0,
-    device: Annotated[str, flag("Run", "auto (an accelerator where there is one), cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, flag("Run", "auto (an accelerator where there is one), cpu, cuda, mps or xpu.")] = "auto",
     name: Annotated[str | None, flag("Run", "Folder of this run.", default="METHOD-MODEL-DATA-seedN")] = None,
     runs: Annotated[Path, flag("Run", "Where run folders go.")] = Path("runs"),
     overwrite: Annotated[bool, flag("Run", "Replace a run of that name.", "--overwrite")] = False,
@@ -235,8 +235,8 @@ def train(
     if vit.image_shape != (3, 32, 32):
         fail(f"{recipe['model']} takes images {vit.image_shape}, {data} has (3, 32, 32): use vit-lite or vit-nano")
     folder = runs / name
-    if folder.exists() and not overwrite:
-        fail(f"{folder} exists: choose another --name, or --overwrite it")
+    if (folder / "last.pt").exists() and not overwrite:
+        fail(f"{folder} holds a run: choose another --name, or --overwrite it")
     split = load_data(data, data_dir, device)
     images, labels = split["train"]
     steps_per_epoch = len(images) // recipe["batch_size"]            # the last, smaller batch is left out
@@ -244,7 +244,6 @@ def train(
         fail(f"--batch-size {recipe['batch_size']} is more than the {len(images)} training images")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "last.pt").unlink(missing_ok=True)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         log = open(folder / "log.jsonl", "w", buffering=1)
     except OSError as error:
