@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# What the paper compares. Everything that distinguishes a method is in its row; ViT.__init__ explains the toggles.
+# What the paper compares. Everything that distinguishes a method is in its row; ViT's docstring explains the toggles.
 METHODS = {
     "default":     dict(pe="absolute", pool="cls"),  # ViT, DeiT
     "gap":         dict(pe="absolute", pool="gap"),

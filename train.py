@@ -50,7 +50,7 @@ def fail(message):
 def numbers(count, seed):
     """-> uint8 images (count, 3, 32, 32) of the two-digit numbers 00 to 99 and labels (count,), the same for a seed.
 
-    Turned by up to 9 degrees, scaled by 0.8 to 1.1, moved by up to 3 pixels, dark on light or light on dark, noisy.
+    Turned by up to 9 degrees, scaled by 0.8 to 1.1, moved by up to 3.5 pixels, dark on light or light on dark, noisy.
     Telling 12 from 21 takes position, and so does putting a digit together from its pieces in several patches.
     """
     font = ImageFont.load_default(size=26)
