@@ -323,7 +323,7 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
     return torch.cat([pos_embed[:, :prefix], rows.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def _read_checkpoint(path):
+def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain values; DeiT and LaPE save one
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -353,7 +353,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None):
     square. new_head: keep the model's own head where the file's has another number of classes. Raises ValueError that
     names every missing, unexpected or misshapen key; the model is then unchanged.
     """
-    state = _read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
+    state = read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

@@ -1,41 +1,73 @@
-"""Train the Vision Transformers of mpvg.py on images.
+"""Train the Vision Transformers of mpvg.py on images: one run, a sweep over methods and seeds, the paper's figures.
 
     python train.py --pe layerwise --pool gap --mpvg              # the paper's method, as plain `python train.py`
     python train.py --method lape --data cifar100                 # another row of the paper, by its name
+    python train.py sweep --methods default,lape,pvg,mpvg --seeds 3
+    python train.py eval runs/NAME;  python train.py report runs/*
 
-The data set `numbers` is built in: nothing to download, a few minutes on a CPU.
+A run is a function of its flags and seed; one that was killed goes on with --resume. The data set `numbers` is built
+in: nothing to download, a few minutes on a CPU.
 """
+import inspect
+import itertools
 import json
 import math
 import os
 import platform
+import signal
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from statistics import mean, stdev
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import torchvision
 import typer
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2 import functional as v2
 from tqdm import tqdm
 
-from mpvg import METHODS, MODELS, create
+from mpvg import METHODS, MODELS, ViT, create, fold, load_weights, read_checkpoint
 
-# What a flag is where it is not given. cifar100: ViT-Lite's numbers, without its augmentation and 310 epochs for now.
+# What a flag is where it is not given. cifar100: ViT-Lite's recipe, from Compact-Transformers' cifar100.yml.
 RECIPES = {
-    "numbers": dict(model="vit-nano", epochs=6, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_epochs=1,
-                    weight_decay=0.05, label_smoothing=0.0, decay_pe=False, flip=False,
-                    mean=[0.5, 0.5, 0.5], std=[0.3, 0.3, 0.3]),
-    "cifar100": dict(model="vit-lite", epochs=30, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_epochs=3,
-                     weight_decay=0.06, label_smoothing=0.1, decay_pe=True, flip=True,
-                     mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761]),
+    "numbers": dict(model="vit-nano", epochs=6, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=1.0,
+                    cooldown_epochs=0, lr_per="step", weight_decay=0.05, decay_pe=False, label_smoothing=0.0,
+                    crop_scale=1.0, flip=0.0, ra_ops=0, ra_magnitude=9.0, mixup=0.0, cutmix=0.0, erase=0.0),
+    "cifar100": dict(model="vit-lite", epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6,
+                     warmup_epochs=10.0, cooldown_epochs=10, lr_per="epoch", weight_decay=0.06, decay_pe=True,
+                     label_smoothing=0.1, crop_scale=0.8, flip=0.5, ra_ops=2, ra_magnitude=9.0, mixup=0.8, cutmix=1.0,
+                     erase=0.25),
 }
+PIXELS = {"numbers": ((0.5, 0.5, 0.5), (0.3, 0.3, 0.3)),             # mean and std per channel, of values from 0 to 1
+          "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
 # Which row of METHODS the paper's three flags name: (--pe, --pool, --mpvg).
 ROWS = {
     ("absolute", "cls", False): "default", ("absolute", "gap", False): "gap", ("absolute", "gap", True): "gap-last-pe",
     ("layerwise", "cls", False): "lape", ("layerwise", "gap", False): "pvg", ("layerwise", "gap", True): "mpvg",
     ("none", "cls", False): "default", ("none", "gap", False): "gap",
+}
+# The rows that belong together, each as flags; {a}, {b}, {c}: blocks at 1/2, 3/4 and the end of the depth.
+SETS = {
+    "fig1": ["default", "lape", "gap", "lape-gap", "mpvg"],          # layer-wise PE: class token against GAP
+    "fig5": ["gap", "gap-last-pe", "pvg", "mpvg"],                   # the last PE without the layer-wise one
+    "table5": ["pvg", "mpvg --last-pe {c}", "mpvg --last-pe {b}", "mpvg --last-pe {a}", "mpvg"],
+    "table6": ["mpvg", "mpvg --no-hierarchical", "mpvg --layer0", "mpvg --no-add-input"],
+    "controls": ["pvg", "mpvg", "mpvg-free", "mpvg-shift"],          # ours: is it position?
+}
+PAPER = {  # top-1 %, one run each: Tables 1, 2, 5 and 6, Figures 1 and 5
+    ("vit-lite", "cifar100"): {"default": 74.90, "lape": 75.52, "pvg": 76.67, "mpvg": 76.87},
+    ("deit-tiny", "imagenet"): {
+        "default": 72.14, "lape": 72.94, "gap": 72.40, "lape-gap": 72.24, "gap-last-pe": 72.14, "pvg": 73.17,
+        "mpvg": 73.51, "mpvg-last_pe=11": 73.30, "mpvg-last_pe=8": 73.38, "mpvg-last_pe=5": 73.39,
+        "mpvg-hierarchical=False": 73.31, "mpvg-layer0=True": 73.48, "mpvg-add_input=False": 73.28},
+    ("deit-small", "imagenet"): {"default": 79.81, "lape": 80.39, "pvg": 80.38, "mpvg": 80.61},
+    ("deit-base", "imagenet"): {"default": 81.85, "lape": 82.15, "pvg": 82.21, "mpvg": 82.42},
 }
 
 
@@ -89,29 +121,190 @@ def cifar100(root, train):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
-def normaliser(mean, std, device):
-    """-> a function from uint8 images (B, 3, H, W) to floats; mean and std per channel, of pixels from 0 to 1."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-    return lambda images: (images / 255 - mean) / std
-
-
-def load_data(name, root, device):
-    """-> {"train": (images, labels), "test": ...} on the device, images as uint8."""
+def load_data(name, root, fraction=1.0, seed=0):
+    """-> {"train": (images, labels), "test": ...}; of the training images `fraction` of each class, chosen by seed."""
     if name == "numbers":
         data = {"train": numbers(30_000, seed=1), "test": numbers(4_000, seed=2)}
     else:
         data = {split: cifar100(root, train=split == "train") for split in ("train", "test")}
-    return {split: (images.to(device), labels.to(device)) for split, (images, labels) in data.items()}
+    if fraction < 1:
+        images, labels = data["train"]
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        places = [order[labels[order] == label] for label in labels.unique()]
+        rows = torch.cat([rows[:round(fraction * len(rows))] for rows in places])
+        data["train"] = images[rows], labels[rows]
+    return data
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+# Pillow's arithmetic for batches of uint8 images (B, 3, H, W), every image with parameters of its own, tensors (B,).
+
+def affine(x, matrix, bicubic, fill):
+    """The output's pixel (u, v) is the input's at matrix @ (u, v, 1), or `fill` (3,) outside; matrix (B, 2, 3)."""
+    height, width = x.shape[2:]
+    v, u = torch.meshgrid(*(torch.arange(n, device=x.device) + 0.5 for n in (height, width)), indexing="ij")
+    places = torch.stack([u, v, torch.ones_like(u)], dim=-1) @ matrix[:, None].mT        # (B, H, W, 2)
+    sides = torch.tensor([width, height], device=x.device)
+    y = torch.empty(x.shape, device=x.device)
+    for rows, mode in ((bicubic, "bicubic"), (~bicubic, "bilinear")):
+        y[rows] = F.grid_sample(x[rows].float(), places[rows] * 2 / sides - 1, mode, "border", align_corners=False)
+    inside = ((places >= 0) & (places < sides)).all(-1)[:, None]
+    return torch.where(inside, y.clamp(0, 255), fill.view(3, 1, 1)).to(torch.uint8)
+
+
+def matrices(x, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
+    columns = [torch.as_tensor(t, device=x.device).expand(len(x)) for t in (a, b, c, d, e, f)]
+    return torch.stack(columns, dim=1).view(-1, 2, 3)
+
+
+def rotation(x, degrees):
+    """About the middle, counter-clockwise."""
+    cos, sin, v, u = degrees.deg2rad().cos(), degrees.deg2rad().sin(), x.shape[2] / 2, x.shape[3] / 2
+    return matrices(x, cos, -sin, u - cos * u + sin * v, sin, cos, v - sin * u - cos * v)
+
+
+def resize_weights(start, size, out, full, bicubic):
+    """-> (B, out, full): how the pixels start .. start + size of a line of `full` pixels make `out` pixels."""
+    start, size, bicubic = (t.view(-1, 1, 1) for t in (start, size, bicubic))
+    scale = size / out
+    stretch = scale.clamp(min=1)                                     # a smaller picture averages over more pixels
+    centre = (torch.arange(out, device=start.device)[:, None] + 0.5) * scale
+    taps = torch.arange(math.ceil(4 * stretch.max().item()) + 1, device=start.device)
+    pixel = (centre - 2 * stretch).floor() + taps                    # (B, out, taps), counted from start
+    d = ((pixel + 0.5 - centre) / stretch).abs()
+    cubic = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, (((2.5 - 0.5 * d) * d - 4) * d + 2) * (d < 2))
+    weights = torch.where(bicubic, cubic, (1 - d).clamp(min=0)) * ((pixel >= 0) & (pixel < size))
+    places = (pixel + start).long().clamp(0, full - 1)
+    return torch.zeros(*places.shape[:2], full, device=start.device).scatter_add_(
+        2, places, weights / weights.sum(2, keepdim=True))
+
+
+def resized_crop(x, box, bicubic, flip, size):
+    """The boxes (B, 4), top, left, height and width, as pictures of size (h, w), mirrored where `flip`."""
+    rows = resize_weights(box[:, 0], box[:, 2], size[0], x.shape[2], bicubic)
+    columns = resize_weights(box[:, 1], box[:, 3], size[1], x.shape[3], bicubic)
+    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
+    y = torch.einsum("bchw,bvw->bchv", x.float(), columns).round().clamp(0, 255)
+    return torch.einsum("buh,bchv->bcuv", rows, y).round().clamp(0, 255).to(torch.uint8)
+
+
+def blend(base, x, m, s):
+    """1 +- 0.09 m of x, the rest `base`."""
+    factor, base = (1 + 0.09 * m * s).clamp(min=0.1).view(-1, 1, 1, 1), base.float()
+    return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
+
+
+# RandAugment `rand-m9-mstd0.5-inc1` of timm: images x, magnitude m from 0 to 10 and sign s (B,), and how to warp.
+OPERATIONS = {
+    "AutoContrast": lambda x, m, s, warp: v2.autocontrast(x),
+    "Equalize": lambda x, m, s, warp: v2.equalize(x),
+    "Invert": lambda x, m, s, warp: 255 - x,
+    "Rotate": lambda x, m, s, warp: warp(x, rotation(x, 3 * m * s)),
+    "Posterize": lambda x, m, s, warp: x & (-1 << (4 + (0.4 * m).int())).view(-1, 1, 1, 1).to(torch.uint8),
+    "Solarize": lambda x, m, s, warp: torch.where(x < 256 - (25.6 * m).int().view(-1, 1, 1, 1), x, 255 - x),
+    "SolarizeAdd": lambda x, m, s, warp: torch.where(
+        x < 128, x + (11 * m).int().view(-1, 1, 1, 1), x).clamp(max=255).to(torch.uint8),
+    "Color": lambda x, m, s, warp: blend(v2.rgb_to_grayscale(x), x, m, s),
+    "Contrast": lambda x, m, s, warp: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m, s),
+    "Brightness": lambda x, m, s, warp: blend(torch.zeros_like(x), x, m, s),
+    "Sharpness": lambda x, m, s, warp: blend(v2.adjust_sharpness(x, 0.0), x, m, s),
+    "ShearX": lambda x, m, s, warp: warp(x, matrices(x, b=0.03 * m * s)),
+    "ShearY": lambda x, m, s, warp: warp(x, matrices(x, d=0.03 * m * s)),
+    "TranslateX": lambda x, m, s, warp: warp(x, matrices(x, c=0.045 * m * s * x.shape[3])),
+    "TranslateY": lambda x, m, s, warp: warp(x, matrices(x, f=0.045 * m * s * x.shape[2])),
+}
+
+
+def draw_boxes(count, height, width, area, ratio, whole):
+    """-> (count, 4) top, left, height, width: of ten boxes the first that fits, zeros where none does.
+
+    area: least and greatest share of the image, uniform; ratio: the greatest of the sides, log-uniform both ways;
+    whole: may a side be as long as the image's.
+    """
+    u = torch.rand(4, 10, count)
+    size, ratio = height * width * (area[0] + (area[1] - area[0]) * u[0]), ratio ** (2 * u[1] - 1)
+    h, w = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
+    fits = (h < height + whole) & (w < width + whole)
+    boxes = torch.stack([((height - h + 1) * u[2]).floor(), ((width - w + 1) * u[3]).floor(), h, w], dim=-1)
+    return (boxes * fits[..., None])[fits.int().argmax(0), torch.arange(count)]
+
+
+def box_mask(box, height, width):
+    """Boxes (B, 4) -> (B, height, width), True inside."""
+    v, u = torch.arange(height, device=box.device)[:, None], torch.arange(width, device=box.device)
+    top, left, h, w = (t.view(-1, 1, 1) for t in box.unbind(1))
+    return (v >= top) & (v < top + h) & (u >= left) & (u < left + w)
+
+
+def draw_images(count, height, width, recipe):
+    """-> what happens to each of `count` images, drawn on the CPU: the same whatever the device."""
+    crop = draw_boxes(count, height, width, (recipe["crop_scale"], 1.0), 4 / 3, whole=True)
+    crop[(crop[:, 2] == 0) | (recipe["crop_scale"] == 1)] = torch.tensor([0.0, 0.0, height, width])
+    shape = count, recipe["ra_ops"]
+    return dict(
+        crop=crop, crop_bicubic=torch.rand(count) < 0.5, flip=torch.rand(count) < recipe["flip"],
+        operation=torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1),  # -1: not applied
+        magnitude=(recipe["ra_magnitude"] + 0.5 * torch.randn(shape)).clamp(0, 10),
+        sign=torch.where(torch.rand(shape) < 0.5, -1.0, 1.0), bicubic=torch.rand(shape) < 0.5,
+        erase=draw_boxes(count, height, width, (0.02, 1 / 3), 1 / 0.3, whole=False)
+        * (torch.rand(count, 1) < recipe["erase"]))
+
+
+def draw_mixing(steps, height, width, recipe):
+    """-> (steps, height, width): how much of its own pixels an image keeps: mixup's lambda, or 0 in CutMix's box."""
+    mixup, cutmix = recipe["mixup"], recipe["cutmix"]
+    cut = torch.rand(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))
+    lam = torch.where(cut, *(torch.distributions.Beta(a or 1.0, a or 1.0).sample((steps,)) for a in (cutmix, mixup)))
+    sides = torch.tensor([height, width])
+    half = (sides * (1 - lam).sqrt()[:, None]).floor() // 2
+    middle = (torch.rand(steps, 2) * sides).floor()
+    low, high = (middle - half).clamp(min=0), torch.minimum(middle + half, sides)
+    outside = ~box_mask(torch.cat([low, high - low], dim=1), height, width)
+    return torch.where(cut.view(-1, 1, 1), outside.float(), lam.view(-1, 1, 1))
+
+
+def augment(x, draws, recipe, fill):
+    """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
+    if recipe["crop_scale"] < 1 or recipe["flip"] > 0:
+        x = resized_crop(x, draws["crop"], draws["crop_bicubic"], draws["flip"], x.shape[2:])
+    for operation, m, s, bicubic in zip(*(draws[key].T for key in ("operation", "magnitude", "sign", "bicubic"))):
+        for number, apply in enumerate(OPERATIONS.values()):
+            rows = (operation == number).nonzero()[:, 0]
+            if len(rows):
+                x[rows] = apply(x[rows], m[rows], s[rows], partial(affine, bicubic=bicubic[rows], fill=fill))
+    return x
+
+
+def prepare(x, y, draws, keep, recipe, pixels, classes, seed):
+    """Makes the batches of several steps at once, so that augmentation costs little beside them.
+
+    x: uint8 (S, B, 3, H, W); y: labels (S, B); draws: draw_images of the S * B; keep: draw_mixing of the S, or None.
+    -> normalised images, and labels, or with mixing each label's share (S, B, classes). An image's partner is the one
+    at its place in the flipped batch; erasing, by noise, comes last.
+    """
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in pixels)
+    draws, shape = {name: value.to(x.device) for name, value in draws.items()}, x.shape
+    x = augment(x.flatten(0, 1), draws, recipe, (255 * mean).round()).view(shape)
+    if keep is not None:
+        keep = keep.to(x.device)[:, None, None]                      # (S, 1, 1, H, W)
+        x = (keep * x + (1 - keep) * x.flip(1)).round()
+        share, y = keep.mean((2, 3, 4))[..., None], F.one_hot(y, classes).float()
+        y = share * y + (1 - share) * y.flip(1)
+    x = ((x / 255 - mean) / std).flatten(0, 1)
+    rows = (draws["erase"][:, 2] > 0).nonzero()[:, 0]
+    noise = torch.randn(len(rows), *shape[2:], generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
+    x[rows] = torch.where(box_mask(draws["erase"][rows], *shape[3:])[:, None], noise, x[rows])
+    return x.view(shape), y
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-def lr_at(epoch, *, epochs, warmup_epochs, lr, min_lr, warmup_lr=1e-6):
-    """Learning rate after `epoch` epochs, fractions too: linear warm-up, then a cosine that ends at min_lr."""
+def lr_at(epoch, *, epochs, warmup_epochs, cooldown_epochs, lr, min_lr, warmup_lr):
+    """Learning rate after `epoch` epochs, fractions too: linear warm-up, cosine to min_lr, cool-down at min_lr."""
     warmup_lr, min_lr = min(warmup_lr, lr), min(min_lr, lr)          # lr is the peak, however small
     if epoch < warmup_epochs:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup_epochs
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(epoch / (epochs - cooldown_epochs), 1)))
 
 
 def parameter_groups(model, weight_decay, decay_pe):
@@ -119,29 +312,179 @@ def parameter_groups(model, weight_decay, decay_pe):
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         is_pe = name in ("pos_embed", "last_pos_embed", "cls_token")
-        groups[parameter.ndim > 1 and (decay_pe or not is_pe)].append(parameter)
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and (decay_pe or not is_pe)].append(parameter)
     return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
 
 
-@torch.inference_mode()
-def evaluate(model, normalise, images, labels, batch_size=500):
-    """-> accuracy in percent over all images."""
-    model.eval()
-    hits = sum((model(normalise(x)).argmax(1) == y).sum()
-               for x, y in zip(images.split(batch_size), labels.split(batch_size)))
-    model.train()
-    return 100 * hits.item() / len(labels)
+def step_functions(model, config, device):
+    """-> loss(images, labels or their shares) of a training step, and predict(images) -> float logits."""
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config["precision"] == "bf16")
+
+    def loss(x, y):
+        with autocast():
+            logits = model(x)
+        return F.cross_entropy(logits.float(), y, label_smoothing=config["label_smoothing"])
+
+    def predict(x):
+        with autocast():
+            return model(x).float()
+
+    if config["compile"] == "off":
+        return loss, predict
+    strictly = dict(fullgraph=True, dynamic=False)                   # a graph break is an error
+    return (torch.compile(loss, **strictly, mode="reduce-overhead" if config["compile"] == "graphs" else None),
+            torch.compile(predict, **strictly))
+
+
+@torch.no_grad()
+def evaluate(predict, images, labels, pixels, device, batch_size=500, stopped=()):
+    """-> (accuracy in percent, mean cross entropy) over all images, or None once something is in `stopped`."""
+    batch_size, hits, loss = min(batch_size, len(images)), 0, 0
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in pixels)
+    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        if stopped:
+            return None
+        x, y = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x))).to(device), y.to(device)  # constant shapes
+        logits = predict((x / 255 - mean) / std)[:len(y)]
+        hits, loss = hits + (logits.argmax(1) == y).sum(), loss + F.cross_entropy(logits, y, reduction="sum")
+    return 100 * hits.item() / len(labels), loss.item() / len(labels)
 
 
 def save(path, contents):
-    """Writes a checkpoint whole or not at all: to a temporary file, flushed, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes text or a checkpoint whole or not at all: to a temporary file, flushed, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                         # torch.save turns a full disk into the latter
+        fail(f"{path} cannot be written ({error}): free the disk or choose another --runs; what was there is whole")
 
+
+@contextmanager
+def stop_signals():
+    """Collects Ctrl-C and SIGTERM in a list, so that the step in hand can end; a second Ctrl-C ends at once."""
+    received = []
+
+    def note(number, _):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_run(config, model, split, folder, device, saved=None):
+    """Trains, and writes the folder at the end of every epoch; `saved`: the checkpoint of last.pt to go on from."""
+    images, labels = split["train"]
+    epochs, size, pixels = config["epochs"], config["batch_size"], PIXELS[config["data"]]
+    steps = len(images) // size                                      # an epoch's; the last, smaller batch is left out
+    optimizer = torch.optim.AdamW(parameter_groups(model, config["weight_decay"], config["decay_pe"]), fused=True)
+    schedule = {name: config[name] for name in inspect.signature(lr_at).parameters if name != "epoch"}
+    loss_of, predict = step_functions(model, config, device)
+    losses = torch.zeros(steps, device=device)
+    log, best, epoch, done, seconds = [], dict(epoch=0, test_accuracy=-1.0), 0, 0, 0.0  # done: steps of this epoch
+    cuda = device.type == "cuda"
+    if saved:
+        load_weights(model, saved)
+        optimizer.load_state_dict(saved["optimizer"])
+        log, best, epoch, done, seconds = (saved[key] for key in ("log", "best", "epoch", "step", "seconds"))
+        losses[:done] = saved["losses"].to(device)
+        torch.set_rng_state(saved["rng"])
+        if cuda and saved["device_rng"] is not None:
+            torch.cuda.set_rng_state(saved["device_rng"], device)
+    start = time.perf_counter() - seconds
+
+    def check():
+        wrong = (~losses[:done].isfinite()).nonzero()
+        if len(wrong) or not all(p.isfinite().all() for p in model.parameters()):
+            at = wrong[0].item() + 1 if len(wrong) else done
+            fail(f"the loss is no longer finite at step {at} of epoch {epoch + 1}: lower --lr; "
+                 + (f"{folder / 'last.pt'} is of epoch {log[-1]['epoch']}" if log else "nothing was saved yet"))
+
+    def write():
+        check()
+        contents = dict(model=model.state_dict(), config=config, best=best)
+        save(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        if best["epoch"] == epoch and done == 0:
+            save(folder / "best.pt", dict(contents, epoch=epoch))
+        save(folder / "last.pt", dict(
+            contents, epoch=epoch, step=done, optimizer=optimizer.state_dict(), losses=losses[:done].cpu(), log=log,
+            seconds=time.perf_counter() - start, rng=torch.get_rng_state(),
+            device_rng=torch.cuda.get_rng_state(device) if cuda else None))
+        save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+    typer.echo("\nepoch      loss   test %         lr   images/s   seconds")
+    bar = tqdm(total=epochs * steps * size, initial=(epoch * steps + done) * size, unit="image", unit_scale=True,
+               disable=None)                                         # silent without a terminal
+    with bar, stop_signals() as stopped:
+        while epoch < epochs:
+            epoch_start, epoch_done, shown = time.perf_counter(), done, 0
+            seed = config["seed"] * 100_003 + epoch
+            with torch.random.fork_rng(devices=[]):                  # all that is random about the epoch's images
+                torch.manual_seed(seed)
+                order = torch.randperm(len(images))[:steps * size].view(steps, size)
+                draws = draw_images(steps * size, *images.shape[2:], config)
+                mixing = config["mixup"] or config["cutmix"]
+                keep = draw_mixing(steps, *images.shape[2:], config) if mixing else None
+            chunk = steps if cuda else max(1, 4096 // size)          # steps whose batches are made at once
+            while done < steps and not stopped:
+                first = done // chunk * chunk
+                part, rows = slice(first, first + chunk), slice(first * size, (first + chunk) * size)
+                chosen = order[part].to(images.device)
+                x, y = prepare(images[chosen], labels[chosen], {name: value[rows] for name, value in draws.items()},
+                               keep[part] if mixing else None, config, pixels, model.head.out_features, seed + first)
+                for i in range(done - first, len(x)):
+                    lr = lr_at(epoch if config["lr_per"] == "epoch" else epoch + done / steps, **schedule)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    if config["compile"] == "graphs":
+                        torch.compiler.cudagraph_mark_step_begin()
+                    loss = loss_of(x[i].to(device), y[i].to(device))
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    losses[done] = loss.detach()
+                    done += 1
+                    bar.update(size)
+                    if stopped:
+                        break
+                    if time.perf_counter() > shown + 1:              # reading a loss waits for the device: seldom
+                        check()
+                        bar.set_postfix(loss=f"{losses[done - 1].item():.3f}", lr=f"{lr:.2e}", refresh=False)
+                        shown = time.perf_counter()
+            check()
+            speed = (done - epoch_done) * size / (time.perf_counter() - epoch_start)
+            model.eval()
+            result = evaluate(predict, *split["test"], pixels, device, stopped=stopped)
+            model.train()
+            if result is None:
+                write()
+                bar.close()
+                typer.echo(f"stopped by {stopped[0]} after step {done} of {steps} of epoch {epoch + 1}: saved; the "
+                           "same command with --resume goes on")
+                raise typer.Exit(130 if stopped[0] == "SIGINT" else 143)
+            epoch, done = epoch + 1, 0
+            log.append(dict(epoch=epoch, loss=losses.mean().item(), test_loss=result[1], test_accuracy=result[0],
+                            lr=optimizer.param_groups[0]["lr"], images_per_second=speed,
+                            seconds=time.perf_counter() - start))
+            if result[0] > best["test_accuracy"]:
+                best = dict(epoch=epoch, test_accuracy=result[0])
+            write()
+            bar.write("{epoch:>5} {loss:>9.4f} {test_accuracy:>8.2f} {lr:>10.2e} {images_per_second:>10,.0f} "
+                      "{seconds:>9.0f}".format(**log[-1]))
+    return log, best
+
+
+# -------------------------------------------------------------------------------------------------------- command line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -151,149 +494,512 @@ def accelerator():
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
 
 
-def flag(panel, text, *names, default=None, **kwargs):
-    """A command-line option. `default` is what --help shows for a default of None: words, or an entry of RECIPES."""
-    if default in RECIPES["numbers"]:
-        default = ", ".join(f"{data} {recipe[default]}" for data, recipe in RECIPES.items())
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=default or True, **kwargs)
+def flag(panel, text, *names, value=None, of=None, **limits):
+    """An option. `of`: what --help shows for a value of None: words, or an entry of RECIPES."""
+    if of in RECIPES["numbers"]:
+        of = ", ".join(f"{data} {recipe[of]}" for data, recipe in RECIPES.items())
+    return typer.Option(value, *names, help=text, rich_help_panel=panel, show_default=of or True, **limits)
+
+
+def usable_device(name):
+    """-> torch.device of --device; auto is an accelerator where there is one."""
+    name = (accelerator() or "cpu") if name == "auto" else name
+    if name.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        fail(f"unknown --device {name!r}: choose from auto, cpu, cuda, mps, xpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:                  # torch without CUDA asserts
+        fail(f"--device {name} cannot be used here, try --device cpu ({str(error).splitlines()[0]})")
+
+
+def configure(flags):
+    """Flags (None: not given) -> the run's configuration, plain values that decide all but where it runs."""
+    data, method, cuda = flags["data"], flags["method"], usable_device(flags["device"]).type == "cuda"
+    data = data or ("cifar100" if accelerator() else "numbers")
+    if data == "imagenet":
+        fail("--data imagenet cannot be trained by this version: use --data cifar100 or --data numbers")
+    row = pe, pool, mpvg = flags["pe"], flags["pool"], flags["mpvg"]
+    if method is not None and any(row):
+        fail("--method names a whole row: leave out --pe, --pool and --mpvg, or --method")
+    if method is None:
+        row = (pe or "layerwise", pool or "gap", mpvg or not any(row))
+        method = ROWS.get(row) or fail(f"--mpvg needs a PE and --pool gap, not --pe {row[0]} --pool {row[1]}")
+    elif method not in METHODS:
+        fail(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+    overrides = {key: flags[key] for key in ("last_pe", "layer0", "hierarchical", "add_input", "pe_init")}
+    overrides |= dict(pe="none" if pe == "none" else None)
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    if "last_pe" in overrides:
+        word = overrides["last_pe"]
+        overrides["last_pe"] = None if word == "none" else int(word) if word.isdecimal() else word
+    row = {name: p.default for name, p in inspect.signature(ViT).parameters.items()} | METHODS[method]
+    overrides = {key: value for key, value in overrides.items() if repr(value) != repr(row[key])}
+
+    recipe = RECIPES[data] | {key: flags[key] for key in RECIPES[data] if flags[key] is not None}
+    for key in ("warmup_epochs", "cooldown_epochs"):                 # short runs warm up and cool down shortly
+        if flags[key] is None:
+            recipe[key] = type(recipe[key])(min(recipe[key], recipe["epochs"] / 10))
+    if recipe["warmup_epochs"] + recipe["cooldown_epochs"] >= recipe["epochs"]:
+        fail("--warmup-epochs and --cooldown-epochs leave nothing of --epochs {epochs}: lower them".format(**recipe))
+    if flags["freeze"] and not flags["init"]:
+        fail("--freeze trains the head alone: --init says which weights it keeps")
+    config = dict(data=data, method=method, overrides=overrides, seed=flags["seed"], **recipe)
+    config |= {key: flags[key] for key in ("drop_path", "attn_drop", "fraction", "freeze")}
+    config |= dict(init=str(flags["init"]) if flags["init"] else None, compile=flags["compile"] or ("on" if cuda else "off"),
+                   precision=flags["precision"] or ("bf16" if cuda else "fp32"))
+    for key, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{key.replace('_', '-')} must be a finite number")
+    return config
+
+
+def label(config):
+    return "-".join([config["method"], *(f"{key}={value}" for key, value in config["overrides"].items())])
+
+
+def run_folder(flags, config):
+    name = flags["name"]
+    if name is None:
+        name = f"{label(config)}-{config['model']}-{config['data']}-seed{config['seed']}"
+    if Path(name).name != name or name in ("", "..") or len(name) > 200:
+        fail(f"--name {name!r} is not the name of one folder: --runs says where it goes")
+    return Path(flags["runs"]) / name
+
+
+def build(config, **changes):
+    """-> the configuration's model; a combination that cannot be ends the program."""
+    noise = {key: config[key] for key in ("drop_path", "attn_drop") if config[key] is not None}
+    try:
+        return create(config["model"], config["method"], **config["overrides"], **noise, **changes)
+    except ValueError as error:
+        fail(error)
+
+
+def environment(device):
+    """Where a run runs: plain values, which --resume may change."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
+                         capture_output=True, text=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return dict(device=str(device), device_name=name, threads=torch.get_num_threads(), torch=str(torch.__version__),
+                torchvision=torchvision.__version__, python=platform.python_version(), git=git.stdout.strip() or None)
+
+
+def given_flags(ctx):
+    return [key.replace("_", "-") for key in ctx.params if ctx.get_parameter_source(key).name != "DEFAULT"]
+
+
+def read(path):
+    try:
+        return read_checkpoint(path)
+    except (OSError, ValueError) as error:
+        fail(error)
+
+
+@app.callback(invoke_without_command=True)
+def train(
+    ctx: typer.Context,
+    pe: Literal["absolute", "layerwise", "none"] | None = flag(
+        "Method", "Position embedding: added once, delivered to every block, or none.", of="layerwise"),
+    pool: Literal["cls", "gap"] | None = flag("Method", "Class token or global average pooling.", of="gap"),
+    mpvg: bool = flag("Method", "Add the initial PE, through its own LayerNorm, to the last norm's output. Without "
+                      "--pe, --pool and --method this is on.", "--mpvg", value=False),
+    method: str | None = flag("Method", f"A row by name, instead of --pe, --pool, --mpvg: {', '.join(METHODS)}."),
+    last_pe: str | None = flag("Method", "What joins the last norm's output: none, 0 (the initial PE), a block's "
+                               "number (its PE; Table 5), shift, free.", of="the row's"),
+    layer0: bool | None = flag("Method", "Is block 0 given a PE, too? (Table 6)", of="the row's"),
+    hierarchical: bool | None = flag("Method", "Is a block's PE made from the one before?", of="the row's"),
+    add_input: bool | None = flag("Method", "Is the PE added to the tokens before block 0?", of="the row's"),
+    pe_init: Literal["learned", "sincos"] | None = flag("Method", "sincos: a fixed table.", of="learned"),
+    model: str | None = flag("Method", f"One of {', '.join(MODELS)}.", of="model"),
+    data: Literal["numbers", "cifar100", "imagenet"] | None = flag(
+        "Data", "numbers: built in, drawn in seconds. cifar100: downloaded where absent. imagenet: later.",
+        of="cifar100 with an accelerator, numbers without"),
+    data_dir: Path = flag("Data", "Where cifar100 is or goes.", value=Path("data")),
+    fraction: float = flag("Data", "Part of each class's training images to use.", value=1.0, min=0, max=1),
+    crop_scale: float | None = flag("Data", "Random crop: least area; 1: none.", of="crop_scale", min=0.01, max=1),
+    flip: float | None = flag("Data", "Probability of a horizontal flip.", of="flip", min=0, max=1),
+    ra_ops: int | None = flag("Data", "RandAugment: operations an image (p 0.5 each).", of="ra_ops", min=0),
+    ra_magnitude: float | None = flag("Data", "RandAugment: mean strength.", of="ra_magnitude", min=0, max=10),
+    mixup: float | None = flag("Data", "Mixup's alpha; with CutMix, a step takes either.", of="mixup", min=0),
+    cutmix: float | None = flag("Data", "CutMix's alpha.", of="cutmix", min=0),
+    erase: float | None = flag("Data", "Probability of erasing a box.", of="erase", min=0, max=1),
+    epochs: int | None = flag("Recipe", "Passes over the training images, all in all.", of="epochs", min=1),
+    batch_size: int | None = flag("Recipe", "Images a step.", of="batch_size", min=1),
+    lr: float | None = flag("Recipe", "Peak learning rate of AdamW.", of="lr", min=0),
+    min_lr: float | None = flag("Recipe", "Where the cosine ends.", of="min_lr", min=0),
+    warmup_lr: float | None = flag("Recipe", "Where the warm-up begins.", of="warmup_lr", min=0),
+    warmup_epochs: float | None = flag(
+        "Recipe", "Linear warm-up; unless given, at most a tenth of --epochs.", of="warmup_epochs", min=0),
+    cooldown_epochs: int | None = flag(
+        "Recipe", "Last epochs, at --min-lr; unless given, at most a tenth of --epochs.", of="cooldown_epochs", min=0),
+    lr_per: Literal["epoch", "step"] | None = flag("Recipe", "How often the learning rate changes.", of="lr_per"),
+    weight_decay: float | None = flag("Recipe", "Of matrices, not of biases and norms.", of="weight_decay", min=0),
+    decay_pe: bool | None = flag("Recipe", "Are PE and class token decayed, too?", of="decay_pe"),
+    label_smoothing: float | None = flag("Recipe", "Part spread over all classes.", of="label_smoothing", min=0, max=1),
+    drop_path: float | None = flag("Recipe", "Stochastic depth of the last block.", of="vit-nano 0, others 0.1"),
+    attn_drop: float | None = flag("Recipe", "Dropout of attention probabilities.", of="vit-lite 0.1, others 0"),
+    init: Path | None = flag("Recipe", "Checkpoint to start from; other classes: with a new head.", of="none"),
+    freeze: bool = flag("Recipe", "Train the head alone.", "--freeze", value=False),
+    seed: int = flag("Run", "Of weights, order and augmentation.", value=0, min=0, max=2**32 - 1),
+    device: str = flag("Run", "auto (an accelerator where there is one), cpu, cuda, mps or xpu.", value="auto"),
+    precision: Literal["fp32", "bf16"] | None = flag("Run", "bf16: autocast.", of="bf16 with CUDA, else fp32"),
+    compile: Literal["off", "on", "graphs"] | None = flag(
+        "Run", "torch.compile; graphs: with CUDA graphs.", of="on with CUDA, else off"),
+    name: str | None = flag("Run", "Folder of this run.", of="METHOD-MODEL-DATA-seedN"),
+    runs: Path = flag("Run", "Where run folders go.", value=Path("runs")),
+    resume: bool = flag("Run", "Go on with the run of that name, or start it.", "--resume", value=False),
+    overwrite: bool = flag("Run", "Replace the run of that name, at its first save.", "--overwrite", value=False),
+):
+    """Train a Vision Transformer and print its test accuracy, of the last epoch and of the best.
+
+    Writes runs/NAME/ every epoch: config.json, log.jsonl (a line an epoch), last.pt and best.pt (weights in "model").
+    """
+    flags = {key: value for key, value in locals().items() if key != "ctx"}
+    if ctx.invoked_subcommand:
+        if given := given_flags(ctx):
+            fail(f"--{given[0]} stands before {ctx.invoked_subcommand}: a subcommand takes its flags after its name")
+        return
+    config, device = configure(flags), usable_device(device)
+    folder, found = run_folder(flags, config), "an" if accelerator() else "no"
+    typer.echo(f"data      {config['data']}" + ("" if data else f" ({found} accelerator found; --data chooses)")
+               + f", device {device}")
+    torch.manual_seed(seed)
+    vit = build(config)
+    sides = {key: value for key, value in METHODS[config["method"]].items() if key not in config["overrides"]}
+    typer.echo(f"method    {label(config)}: " + ", ".join(f"{k}={v}" for k, v in (sides | config["overrides"]).items()))
+    if vit.image_shape != (3, 32, 32):
+        fail(f"{config['model']} takes images {vit.image_shape}, {config['data']} has (3, 32, 32): use vit-lite or "
+             "vit-nano")
+    saved = None
+    if resume and (folder / "last.pt").exists():
+        saved = read(folder / "last.pt")
+        changed = [f"{key} was {saved['config'].get(key)}, is {config[key]}" for key in config
+                   if saved["config"].get(key) != config[key]]
+        if changed:
+            fail(f"{folder} was trained with other flags: {'; '.join(changed)} (give those, or another --name)")
+        if saved["epoch"] == config["epochs"]:
+            typer.echo(f"run       {folder} is finished: test accuracy {saved['log'][-1]['test_accuracy']:.2f} %")
+            return
+    elif folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
+        fail(f"{folder} exists: --resume goes on with it, --overwrite replaces it, --name chooses another")
+    elif init:
+        try:
+            load_weights(vit, init, new_head=True)
+        except (OSError, ValueError) as error:
+            fail(f"--init: {error}")
+    vit.requires_grad_(not freeze).to(device).head.requires_grad_(True)
+    split = load_data(config["data"], data_dir, fraction, seed)
+    if device.type == "cuda":                                        # elsewhere batches are made on the CPU
+        split = {part: tuple(tensor.to(device) for tensor in tensors) for part, tensors in split.items()}
+    count = len(split["train"][0])
+    if config["batch_size"] > count:
+        fail(f"--batch-size {config['batch_size']} is more than the {count} training images")
+    config["environment"] = environment(device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {folder} ({error}): choose another --runs")
+    if not (folder / "last.pt").exists():                            # an --overwrite waits until it has something
+        save(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    decayed, free = ([p.numel() for p in group["params"]] for group in parameter_groups(vit, 0, config["decay_pe"]))
+    frozen = sum(p.numel() for p in vit.parameters()) - sum(decayed + free)
+    typer.echo(f"model     {config['model']}: decayed {sum(decayed):,} parameters in {len(decayed)} tensors, not decayed "
+               f"{sum(free):,} in {len(free)}, frozen {frozen:,}\n"
+               f"images    {count:,} to train, {len(split['test'][0]):,} to test\nrun       {folder}"
+               + (f", on from step {saved['step']} of epoch {saved['epoch'] + 1}" if saved else ""))
+    log, best = train_run(config, vit, split, folder, device, saved)
+    typer.echo(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last of {config['epochs']} epochs (best: "
+               f"{best['test_accuracy']:.2f} % after epoch {best['epoch']}; {label(config)}, {config['model']}, "
+               f"{config['data']}, seed {seed}); weights in {folder / 'last.pt'}")
+
+
+# --------------------------------------------------------------------------------------------------------------- sweep
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def interval(values):
+    """-> half the width of the 95 % confidence interval of a mean (Student's t), of at least two values."""
+    n = len(values)
+    return (T95[n - 2] if n - 2 < len(T95) else 1.96 + 2.4 / (n - 1)) * stdev(values) / n ** 0.5
+
+
+def finished_runs(folders):
+    """-> (configuration, log) of each folder that holds a finished run."""
+    found = []
+    for folder in folders:
+        if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
+            try:
+                config = json.loads((folder / "config.json").read_text())
+                log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+                found += [(config, log)] if log and log[-1]["epoch"] == config["epochs"] else []
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                fail(f"{folder} is no run of train.py ({error!r}): move it elsewhere")
+    return found
+
+
+def results(runs, order):
+    """Finished runs -> text: for each setting, that is all flags but method and seed, a table with a row a method.
+
+    order: labels in the order of the rows; differences are to the first row that is there.
+    """
+    settings = {}
+    for config, log in runs:
+        setting = {k: v for k, v in config.items() if k not in ("method", "overrides", "seed", "environment")}
+        rows = settings.setdefault(json.dumps(setting), {})
+        rows.setdefault(label(config), {})[config["seed"]] = config, log
+    text = ""
+    for rows in settings.values():
+        rows = dict(sorted(rows.items(), key=lambda row: ([*order, row[0]].index(row[0]), row[0])))
+        base = next(iter(rows))
+        lines = [["method", "n", "last epoch %", f"minus {base}", "best epoch %", "seconds", "parameters", "paper %"]]
+        lines.append(["-" * len(cell) for cell in lines[0]])
+        for name, seeds in rows.items():
+            config, logs = next(iter(seeds.values()))[0], [log for _, log in seeds.values()]
+            values = [log[-1]["test_accuracy"] for log in logs]
+            pairs = [seeds[seed][1][-1]["test_accuracy"] - rows[base][seed][1][-1]["test_accuracy"]
+                     for seed in seeds if seed in rows[base] and name != base]
+            with torch.device("meta"):
+                count = sum(p.numel() for p in build(config).parameters())
+            paper = PAPER.get((config["model"], config["data"]), {}).get(name)
+            lines.append([
+                name, str(len(values)), f"{mean(values):.2f}" + (f" +- {stdev(values):.2f}" if len(values) > 1 else ""),
+                (f"{mean(pairs):+.2f}" if pairs else "") + (f" +- {interval(pairs):.2f}" if len(pairs) > 1 else ""),
+                f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
+                f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{count:,}", f"{paper:.2f}" if paper else ""])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        text += "{model}, {data}, {epochs} epochs\n\n".format(**config)
+        text += "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines) + "\n"
+    return text + ("Test accuracy: mean +- standard deviation over n seeds. Difference: of pairs with the same seed, "
+                   "+- half\nthe 95 % confidence interval. Best epoch: chosen by test accuracy. Seconds: of a run.\n")
+
+
+@app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
+def sweep(
+    ctx: typer.Context,
+    methods: str = flag("Sweep", f"Rows, with commas between: {', '.join(METHODS)}.", value="default,lape,pvg,mpvg"),
+    set_: Literal[tuple(SETS)] | None = flag("Sweep", "Instead: the rows of a figure or table of the paper, or our "
+                                             "controls.", "--set", of="none"),
+    seeds: int = flag("Sweep", "Seeds 0 to N - 1 of each row.", value=3, min=1),
+    jobs: int = flag("Sweep", "Runs side by side; each one's output goes to RUNS/NAME.txt.", value=1, min=1),
+    from_: Path | None = flag("Sweep", "Only print the table of that folder's finished runs.", "--from", of="none"),
+):
+    """Train every row with every seed, or go on where a sweep was stopped; print a table, write it to RUNS/sweep.md.
+
+    Takes every flag of `python train.py`, too, for all of its runs.
+    """
+    if from_:
+        if ctx.args or len(given_flags(ctx)) > 1:
+            fail("--from prints what is there: leave out the other flags")
+        runs = finished_runs(sorted(from_.glob("*/")))
+        typer.echo(results(runs, [*METHODS]) if runs else fail(f"{from_} holds no finished run"))
+        return
+    if set_ and "methods" in given_flags(ctx):
+        fail("--methods and --set both name rows: give one")
+
+    def parse(*more):
+        return ctx.parent.command.make_context("train.py", [*ctx.args, *more])
+
+    for key in {"method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"} & {*given_flags(parse())}:
+        fail(f"sweep sets --{key} itself: leave it out (--methods and --set name rows, --seeds counts seeds)")
+    depth = MODELS.get(configure(parse().params)["model"], {}).get("depth", 12)
+    planned, runs = {}, Path(parse().params["runs"])                 # folder -> (its configuration, its command)
+    for row, seed in itertools.product(SETS[set_] if set_ else methods.split(","), range(seeds)):
+        row = row.format(a=depth // 2 - 1, b=depth * 3 // 4 - 1, c=depth - 1).split()
+        row = ["--method", *row, "--seed", str(seed)]
+        config = configure(parse(*row).params)
+        build(config)                                                # a row that cannot be ends the sweep at once
+        planned[run_folder(parse().params, config)] = config, [sys.executable, __file__, *ctx.args, *row, "--resume"]
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {runs} ({error}): choose another --runs")
+    env, waiting, running, failed = dict(os.environ), list(planned), {}, []
+    if jobs > 1:                                                     # threads of several runs would wait for each other
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with stop_signals() as stopped, tqdm(total=len(planned), unit="run", disable=None if jobs > 1 else True) as bar:
+        while running or (waiting and not stopped):
+            while waiting and len(running) < jobs and not stopped:
+                folder = waiting.pop(0)
+                output = open(f"{folder}.txt", "w") if jobs > 1 else None
+                if jobs == 1:
+                    typer.echo(f"\n--- {folder.name}, run {len(planned) - len(waiting)} of {len(planned)}")
+                running[folder] = subprocess.Popen(planned[folder][1], env=env, stdout=output, stderr=output)
+            for folder, process in [*running.items()]:
+                if stopped and process.poll() is None:
+                    process.terminate()                              # it ends its step, saves and ends
+                if process.poll() is not None:
+                    del running[folder]
+                    failed += [folder.name] if process.returncode else []
+                    bar.update()
+            time.sleep(0.2)
+    if stopped:
+        fail(f"stopped by {stopped[0]}: the runs are saved, the same command goes on from there")
+    done = finished_runs(folder for folder in planned if folder.name not in failed)
+    if done:
+        save(runs / "sweep.md", results(done, [label(config) for config, _ in planned.values()]))
+        typer.echo("\n" + (runs / "sweep.md").read_text())
+    if failed:
+        fail(f"{len(failed)} of {len(planned)} runs failed and are not in the table: {', '.join(failed)}")
+
+
+# ------------------------------------------------------------------------------------------------- evaluation, figures
+
+def load_run(path, device, **changes):
+    """-> the model a run has trained, and its checkpoint; path: the run's folder, or one of its checkpoints."""
+    path = path / "last.pt" if path.is_dir() else path
+    saved = read(path)
+    if not isinstance(saved, dict) or "config" not in saved:
+        fail(f"{path} is no checkpoint of train.py: weights alone load with mpvg.load_weights")
+    try:
+        return load_weights(build(saved["config"], **changes), saved).to(device).eval(), saved
+    except ValueError as error:
+        fail(f"{path}: {error}")
+
+
+@app.command("eval")
+def evaluate_run(
+    run: Path = typer.Argument(help="A run's folder (its last epoch), or one of its checkpoints."),
+    image_size: int | None = flag(None, "Resize images and PE to that many pixels.", of="the model's", min=1),
+    fold_: bool = flag(None, "Store every PE term first: no PE norm is left.", "--fold", value=False),
+    data_dir: Path = flag(None, "Where cifar100 is or goes.", value=Path("data")),
+    device: str = flag(None, "auto, cpu, cuda, mps or xpu.", value="auto"),
+):
+    """Measure a run's test accuracy and loss again."""
+    device = usable_device(device)
+    model, saved = load_run(run, device, **(dict(image_size=image_size) if image_size else {}))
+    model, config = fold(model) if fold_ else model, saved["config"]
+    predict = step_functions(model, config | dict(compile="off"), device)[1]
+    resize = partial(F.interpolate, size=model.image_shape[1:], mode="bicubic", antialias=True)
+    test = load_data(config["data"], data_dir)["test"]
+    accuracy, loss = evaluate(lambda x: predict(resize(x) if image_size else x), *test, PIXELS[config["data"]], device)
+    typer.echo(f"{label(config)}, {config['model']}, {config['data']}, seed {config['seed']}, epoch {saved['epoch']}: "
+               f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, {len(test[0]):,} images")
+
+
+@torch.no_grad()
+def measure(model, batches):
+    """What the paper draws of a trained model, from normalised images (B, 3, H, W) -> a dict.
+
+    tokens, pe: of each block and the last norm, LN_l(x_l) averaged over images, and the PE that joins it, (N, D) or
+    None; correlation: Pearson's, of all entries of those two (Figure 4); beta, gamma: the last norm's, (D); offset:
+    beta + mean of LN'(pos_0) (README, fact 3); cosine: similarity of an image's mean token before and after the last
+    norm, averaged over images (Figure 6).
+    """
+    seen, tokens, cosines = {}, 0, []
+
+    def watch(number, _, inputs, output):
+        seen[number] = inputs[0], output
+
+    norms = [*(block.norm1 for block in model.blocks), model.norm]
+    hooks = [norm.register_forward_hook(partial(watch, number)) for number, norm in enumerate(norms)]
+    for x in batches:
+        model(x)
+        tokens = tokens + torch.stack([output.sum(0) for _, output in seen.values()])
+        cosines.append(F.cosine_similarity(*(t.mean(1) for t in seen[len(norms) - 1]), dim=1))
+    for hook in hooks:
+        hook.remove()
+    tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
+    per_block, last = model.delivered_pe()
+    pe = [None if e is None else e.expand(1, *tokens.shape[1:])[0].cpu() for e in (*per_block, last)]
+    correlation = [None if e is None else torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item()
+                   for t, e in zip(tokens, pe)]
+    beta = model.norm.bias.cpu()
+    return dict(tokens=[*tokens], pe=pe, correlation=correlation, cosine=torch.cat(cosines).mean().item(), beta=beta,
+                gamma=model.norm.weight.cpu(), offset=beta if last is None else beta + pe[-1].mean(0))
+
+
+def draw(out, runs):
+    """Writes the figures; runs: name -> (configuration, log, what measure() found)."""
+    from matplotlib.figure import Figure
+    kinds = [*dict.fromkeys(label(config) for config, _, _ in runs.values())]
+
+    def entry(key):
+        return lambda log, found: ([line["epoch"] for line in log], [line[key] for line in log])
+
+    def ranked(key):
+        return lambda log, found: (range(len(found[key])), found[key].sort().values)
+
+    def correlation(log, found):
+        return [*zip(*((i, value) for i, value in enumerate(found["correlation"]) if value is not None))]
+
+    for file, panels in {                                            # title, x, y, points: a line a run, a colour a method
+        "curves.png": [("training loss", "epoch", "cross entropy", entry("loss")),
+                       ("test accuracy", "epoch", "%", entry("test_accuracy"))],
+        "correlation.png": [("LN(x) and the PE that joins it", "block; the last point: last norm", "correlation", correlation)],
+        "last_norm.png": [(title, "dimension, sorted", "", ranked(key)) for key, title in (
+            ("beta", "last norm: beta"), ("gamma", "last norm: gamma"), ("offset", "effective offset"))],
+    }.items():
+        figure = Figure(figsize=(4.5 * len(panels) + 1, 4), layout="constrained")
+        for ax, (title, across, up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            for config, log, found in runs.values():
+                new = label(config) not in ax.get_legend_handles_labels()[1]
+                ax.plot(*points(log, found) or ([], []), ".-", ms=3, lw=1, color=f"C{kinds.index(label(config))}",
+                        label=label(config) if new else None)
+            ax.set(title=title, xlabel=across, ylabel=up)
+            ax.grid(alpha=0.3)
+        ax.legend()
+        figure.savefig(out / file, dpi=100)
+    for name, (_, _, found) in runs.items():                         # Figures 2 and 8: (N, D), each in its own scale
+        figure = Figure(figsize=(1.6 * len(found["pe"]), 4.4), layout="constrained")
+        figure.suptitle(f"{name}: patches or tokens (down) by dimensions (across)")
+        for row, key in zip(figure.subplots(2, len(found["pe"])), ("tokens", "pe")):
+            for number, (ax, values) in enumerate(zip(row, found[key])):
+                ax.set(xticks=[], yticks=[])
+                ax.set_title(("LN(x), " if key == "tokens" else "PE, ")
+                             + (f"block {number}" if number < len(row) - 1 else "last norm"), size=9)
+                if values is None:
+                    ax.text(0.5, 0.5, "none", ha="center", va="center")
+                else:
+                    top = values.abs().quantile(0.99).item()
+                    ax.imshow(values, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-top, vmax=top)
+        figure.savefig(out / f"layers-{name}.png", dpi=100)
 
 
 @app.command()
-def train(
-    pe: Annotated[Literal["absolute", "layerwise", "none"] | None, flag(
-        "Method", "Position embedding: added once, delivered to every block, or none.", default="layerwise")] = None,
-    pool: Annotated[Literal["cls", "gap"] | None, flag(
-        "Method", "Class token or global average pooling.", default="gap")] = None,
-    mpvg: Annotated[bool, flag(
-        "Method", "Add the initial PE, through its own LayerNorm, to the last norm's output. "
-        "Without --pe, --pool and --method this is on.", "--mpvg")] = False,
-    method: Annotated[str | None, flag(
-        "Method", f"A row of the paper by name, instead of --pe, --pool, --mpvg: {', '.join(METHODS)}.")] = None,
-    model: Annotated[str | None, flag("Method", f"One of {', '.join(MODELS)}.", default="model")] = None,
-    data: Annotated[Literal["numbers", "cifar100", "imagenet"] | None, flag(
-        "Data", "numbers: built in, drawn in seconds. cifar100: downloaded where absent. imagenet: later.",
-        default="cifar100 with an accelerator, numbers without")] = None,
-    data_dir: Annotated[Path, flag("Data", "Where cifar100 is or goes.")] = Path("data"),
-    epochs: Annotated[int | None, flag(
-        "Recipe", "Passes over the training images.", default="epochs", min=1)] = None,
-    batch_size: Annotated[int | None, flag("Recipe", "Images a step.", default="batch_size", min=1)] = None,
-    lr: Annotated[float | None, flag("Recipe", "Peak learning rate of AdamW.", default="lr", min=0)] = None,
-    weight_decay: Annotated[float | None, flag(
-        "Recipe", "Of matrices, with cifar100 also of PE and class token; never of biases and norms.",
-        default="weight_decay", min=0)] = None,
-    seed: Annotated[int, flag("Run", "Of weights and order.", min=0, max=2**32 - 1)] = 0,
-    device: Annotated[str, flag("Run", "auto (an accelerator where there is one), cpu, cuda, mps or xpu.")] = "auto",
-    name: Annotated[str | None, flag("Run", "Folder of this run.", default="METHOD-MODEL-DATA-seedN")] = None,
-    runs: Annotated[Path, flag("Run", "Where run folders go.")] = Path("runs"),
-    overwrite: Annotated[bool, flag("Run", "Replace a run of that name.", "--overwrite")] = False,
+def report(
+    run: list[Path] = typer.Argument(help="Folders of runs, or checkpoints."),
+    out: Path = flag(None, "Folder for report.json and the figures.", value=Path("report")),
+    images: int = flag(None, "Test images to average over.", value=1000, min=1),
+    data_dir: Path = flag(None, "Where cifar100 is or goes.", value=Path("data")),
+    device: str = flag(None, "auto, cpu, cuda, mps or xpu.", value="auto"),
 ):
-    """Train a Vision Transformer and print its test accuracy.
+    """Measure and draw what the paper draws: curves, correlation of tokens and PE by layer, heatmaps, the last norm.
 
-    Writes runs/NAME/: config.json, log.jsonl (a line an epoch) and last.pt (weights under "model").
+    The figures need matplotlib; the numbers, in OUT/report.json, do not.
     """
-    # 1. From flags to a configuration.
-    found = accelerator()
-    device = (found or "cpu") if device == "auto" else device
-    why = "" if data else f" ({'an' if found else 'no'} accelerator found; --data chooses)"
-    data = data or ("cifar100" if found else "numbers")
-    if data == "imagenet":
-        fail("--data imagenet cannot be trained by this version: use --data cifar100 or --data numbers")
-    if device.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
-        fail(f"unknown --device {device!r}: choose from auto, cpu, cuda, mps, xpu")
-    if not math.isfinite((lr or 0) + (weight_decay or 0)):
-        fail("--lr and --weight-decay must be finite numbers")
-    if method is not None and (pe or pool or mpvg):
-        fail("--method names a whole row: leave out --pe, --pool and --mpvg, or --method")
-    if method is None:
-        row = (pe or "layerwise", pool or "gap", mpvg or not (pe or pool))
-        method = ROWS.get(row) or fail(f"--mpvg needs a PE and --pool gap, not --pe {row[0]} --pool {row[1]}")
-    overrides = {"pe": "none"} if pe == "none" else {}
-    recipe = dict(RECIPES[data], **{key: value for key, value in dict(
-        model=model, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay).items()
-        if value is not None})
-    recipe["warmup_epochs"] = min(recipe["warmup_epochs"], recipe["epochs"] / 10)  # short runs warm up shortly
-    label = "-".join([method, *(f"{key}={value}" for key, value in overrides.items())])
-    name = f"{label}-{recipe['model']}-{data}-seed{seed}" if name is None else name
-    if Path(name).name != name or name in ("", "..") or len(name) > 200:
-        fail(f"--name {name!r} is not the name of one folder: --runs says where it goes")
-    config = dict(data=data, method=method, overrides=overrides, seed=seed, device=device, **recipe,
-                  torch=str(torch.__version__), torchvision=torchvision.__version__, python=platform.python_version())
-
-    # 2. Everything that a user can get wrong, before anything is written.
-    typer.echo(f"data      {data}{why}, device {device}")
-    torch.manual_seed(seed)
+    device, runs, tests = usable_device(device), {}, {}
+    for path in run:
+        model, saved = load_run(path, device)
+        data, name = saved["config"]["data"], path.resolve().name if path.is_dir() else f"{path.resolve().parent.name}-{path.stem}"
+        if name in runs:
+            fail(f"two runs are called {name}: report them apart")
+        if data not in tests:
+            tests[data] = load_data(data, data_dir)["test"][0][:images]
+        middle, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in PIXELS[data])
+        found = measure(model, ((x.to(device) / 255 - middle) / scale for x in tests[data].split(100)))
+        runs[name] = saved["config"], saved.get("log", []), found
+    vectors = "beta", "gamma", "offset"
+    numbers = {name: {key: found[key] for key in ("correlation", "cosine")}
+               | {f"{key}_variance": found[key].var().item() for key in vectors}
+               | {key: found[key].tolist() for key in vectors} for name, (_, _, found) in runs.items()}
     try:
-        vit = create(recipe["model"], method, **overrides)
-    except ValueError as error:
-        fail(error)
-    try:
-        vit.to(device)
-    except (RuntimeError, AssertionError) as error:                  # torch without CUDA asserts
-        fail(f"--device {device} cannot be used here, try --device cpu ({str(error).splitlines()[0]})")
-    sides = {key: value for key, value in METHODS[method].items() if key not in overrides} | overrides
-    typer.echo(f"method    {label}: " + ", ".join(f"{key}={value}" for key, value in sides.items()))
-    if vit.image_shape != (3, 32, 32):
-        fail(f"{recipe['model']} takes images {vit.image_shape}, {data} has (3, 32, 32): use vit-lite or vit-nano")
-    folder = runs / name
-    if (folder / "last.pt").exists() and not overwrite:
-        fail(f"{folder} holds a run: choose another --name, or --overwrite it")
-    split = load_data(data, data_dir, device)
-    images, labels = split["train"]
-    steps_per_epoch = len(images) // recipe["batch_size"]            # the last, smaller batch is left out
-    if steps_per_epoch == 0:
-        fail(f"--batch-size {recipe['batch_size']} is more than the {len(images)} training images")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        log = open(folder / "log.jsonl", "w", buffering=1)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"cannot write to {folder} ({error}): choose another --runs")
-
-    groups = parameter_groups(vit, recipe["weight_decay"], recipe["decay_pe"])
-    decayed, free = (sum(p.numel() for p in group["params"]) for group in groups)
-    typer.echo(f"model     {recipe['model']}: {decayed + free:,} parameters, {decayed:,} of them decayed\n"
-               f"images    {len(images):,} to train, {len(split['test'][0]):,} to test\n"
-               f"run       {folder}\n\nepoch      loss   test %         lr   images/s   seconds")
-    normalise = normaliser(recipe["mean"], recipe["std"], device)
-    optimizer = torch.optim.AdamW(groups, lr=recipe["lr"], fused=True)
-    schedule = {key: recipe[key] for key in ("epochs", "warmup_epochs", "lr", "min_lr")}
-
-    # 3. Train.
-    start, step = time.perf_counter(), 0
-    total = recipe["epochs"] * steps_per_epoch * recipe["batch_size"]
-    with log, tqdm(total=total, unit="image", unit_scale=True, disable=None) as bar:  # silent without a terminal
-        for epoch in range(recipe["epochs"]):
-            epoch_start, total_loss = time.perf_counter(), torch.zeros((), device=device)
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-            for batch in order.to(device).split(recipe["batch_size"])[:steps_per_epoch]:
-                x, y = normalise(images[batch]), labels[batch]
-                if recipe["flip"]:
-                    x = torch.where(torch.rand(len(x), 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-                now = lr_at(step / steps_per_epoch, **schedule)
-                for group in optimizer.param_groups:
-                    group["lr"] = now
-                loss = F.cross_entropy(vit(x), y, label_smoothing=recipe["label_smoothing"])
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                total_loss += loss.detach()
-                step += 1
-                bar.update(len(batch))
-                if step % 10 == 0:
-                    bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{now:.2e}", refresh=False)
-            mean_loss = total_loss.item() / steps_per_epoch
-            if not math.isfinite(mean_loss):
-                fail(f"the loss became {mean_loss} in epoch {epoch + 1}: lower --lr ({folder} keeps what came before)")
-            seconds = time.perf_counter() - epoch_start
-            accuracy = evaluate(vit, normalise, *split["test"])
-            speed = steps_per_epoch * recipe["batch_size"] / seconds
-            log.write(json.dumps(dict(epoch=epoch + 1, loss=mean_loss, test_accuracy=accuracy, lr=now,
-                                      images_per_second=speed, seconds=time.perf_counter() - start)) + "\n")
-            save(folder / "last.pt", dict(model=vit.state_dict(), config=config, epoch=epoch + 1))
-            bar.write(f"{epoch + 1:>5} {mean_loss:>9.4f} {accuracy:>8.2f} {now:>10.2e} {speed:>10,.0f} "
-                      f"{time.perf_counter() - start:>9.0f}")
-    typer.echo(f"\ntest accuracy {accuracy:.2f} % after the last of {recipe['epochs']} epochs "
-               f"({label}, {recipe['model']}, {data}, seed {seed}); weights in {folder / 'last.pt'}")
+        fail(f"cannot write to {out} ({error}): choose another --out")
+    save(out / "report.json", json.dumps(numbers) + "\n")
+    typer.echo("correlation with the PE in blocks 0, 1, ... and at the last norm; there: variance of beta, of the effective "
+               "offset; cosine\nof the mean token before and after\n")
+    for name, line in numbers.items():
+        shown = " ".join("    -" if value is None else f"{value:+.2f}" for value in line["correlation"])
+        typer.echo(f"{name:<36} {shown}   {line['beta_variance']:.5f} {line['offset_variance']:.5f}   {line['cosine']:.3f}")
+    try:
+        draw(out, runs)
+    except ImportError as error:
+        typer.echo(f"numbers in {out / 'report.json'}; the figures need matplotlib ({error}): pip install matplotlib")
+    else:
+        typer.echo(f"numbers and figures in {out}")
 
 
 if __name__ == "__main__":
