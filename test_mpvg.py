@@ -4,18 +4,24 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from typer.testing import CliRunner
 
 import mpvg
@@ -633,26 +639,244 @@ def test_load_weights_resizes_the_pe(method):
     assert torch.equal(again.pos_embed, long.pos_embed)
 
 
-# ----------------------------------------------------------------------------------------------------------- train.py
+# ------------------------------------------------------------------------------------------- train.py: augmentation
+
+def photos(count=60):
+    """uint8 images that an operation cannot treat alike: noise, slopes, flat and low-contrast ones, digits."""
+    generator = torch.Generator().manual_seed(0)
+    x = make_numbers(count, 3)[0]
+    x[::4] = torch.randint(0, 256, x[::4].shape, generator=generator, dtype=torch.uint8)
+    x[1::8] = (torch.arange(32 * 32).view(32, 32) // 4).to(torch.uint8)
+    x[5], x[13] = 7, torch.randint(100, 103, (3, 32, 32), generator=generator)
+    return x
+
+
+def pil(x):
+    return Image.fromarray(x.permute(1, 2, 0).numpy())
+
+
+FILL = (129, 124, 112)
+
+
+def enhanced(kind):
+    return lambda image, m, s, how: kind(image).enhance(max(0.1, 1 + s * 0.09 * m))
+
+
+def transformed(matrix):
+    return lambda image, m, s, how: image.transform(
+        image.size, Image.Transform.AFFINE, matrix(m * s), how, fillcolor=FILL)
+
+
+PILLOW = {  # RECIPES of timm's rand-m9-mstd0.5-inc1, image by image
+    "AutoContrast": lambda image, m, s, how: ImageOps.autocontrast(image),
+    "Equalize": lambda image, m, s, how: ImageOps.equalize(image),
+    "Invert": lambda image, m, s, how: ImageOps.invert(image),
+    "Rotate": lambda image, m, s, how: image.rotate(30 * m / 10 * s, how, fillcolor=FILL),
+    "Posterize": lambda image, m, s, how: image.point([v & -(1 << (4 + int(0.4 * m))) & 255 for v in range(256)] * 3),
+    "Solarize": lambda image, m, s, how: ImageOps.solarize(image, 256 - int(25.6 * m)),
+    "SolarizeAdd": lambda image, m, s, how: image.point(
+        [min(255, v + int(11 * m)) if v < 128 else v for v in range(256)] * 3),
+    "Color": enhanced(ImageEnhance.Color),
+    "Contrast": enhanced(ImageEnhance.Contrast),
+    "Brightness": enhanced(ImageEnhance.Brightness),
+    "Sharpness": enhanced(ImageEnhance.Sharpness),
+    "ShearX": transformed(lambda m: (1, 0.03 * m, 0, 0, 1, 0)),
+    "ShearY": transformed(lambda m: (1, 0, 0, 0.03 * m, 1, 0)),
+    "TranslateX": transformed(lambda m: (1, 0, 0.045 * m * 32, 0, 1, 0)),
+    "TranslateY": transformed(lambda m: (1, 0, 0, 0, 1, 0.045 * m * 32)),
+}
+
+
+@pytest.mark.parametrize("name", train.OPERATIONS)
+def test_an_operation_is_pillows(name):
+    """To one of 255; where bicubic interpolation enters, on average: torch's has a = -0.75, Pillow's -1."""
+    x = photos()
+    generator = torch.Generator().manual_seed(1)
+    m = 10 * torch.rand(len(x), generator=generator)
+    m[::2] = (9 + 0.5 * torch.randn(len(m[::2]), generator=generator)).clamp(0, 10)
+    m[:3] = torch.tensor([0.0, 10.0, 5.0])
+    s = torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
+    bicubic = torch.rand(len(x), generator=generator) < 0.5
+    warp = partial(train.warp, bicubic=bicubic, fill=torch.tensor(FILL, dtype=torch.float))
+    before = x.clone()
+    mine = train.OPERATIONS[name](x, m, s, warp)
+    assert torch.equal(x, before) and mine.dtype == torch.uint8 and mine.shape == x.shape
+    how = [Image.Resampling.BICUBIC if b else Image.Resampling.BILINEAR for b in bicubic]
+    theirs = torch.stack([torch.from_numpy(np.array(PILLOW[name](pil(a), *b))).permute(2, 0, 1)
+                          for a, b in zip(x, zip(m.tolist(), s.tolist(), how))])
+    difference = (mine.int() - theirs.int()).abs().float()
+    geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+    linear = difference[~bicubic] if geometric else difference
+    assert linear.max() <= 1 or (linear > 1).float().mean() < 1e-3, linear.max()  # a place right on the border may
+    assert difference.mean() < 2
+    alone = train.OPERATIONS[name](x[7:8], m[7:8], s[7:8], partial(warp, bicubic=bicubic[7:8]))
+    assert torch.equal(alone[0], mine[7])                                       # whatever shares the batch
+
+
+def test_resized_crop_is_pillows():
+    x = photos()
+    u = torch.rand(4, len(x), generator=torch.Generator().manual_seed(2))
+    height, width = (10 + 22 * u[0]).round(), (10 + 22 * u[1]).round()
+    box = torch.stack([((33 - height) * u[2]).floor(), ((33 - width) * u[3]).floor(), height, width], dim=1)
+    bicubic, flip = torch.arange(len(x)) % 2 == 0, torch.arange(len(x)) % 3 == 0
+    mine = train.resized_crop(x, box, bicubic, flip)
+    for i, (top, left, h, w) in enumerate(box.int().tolist()):
+        how = Image.Resampling.BICUBIC if bicubic[i] else Image.Resampling.BILINEAR
+        theirs = pil(x[i]).crop((left, top, left + w, top + h)).resize((32, 32), how)
+        theirs = ImageOps.mirror(theirs) if flip[i] else theirs
+        difference = (mine[i].int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs().float()
+        assert difference.mean() < 8 if bicubic[i] else difference.max() <= 2, (i, difference.mean(), difference.max())
+    whole = torch.tensor([[0.0, 0.0, 32.0, 32.0]]).repeat(len(x), 1)
+    assert torch.equal(train.resized_crop(x, whole, bicubic, torch.zeros(len(x), dtype=torch.bool)), x)
+    assert torch.equal(train.resized_crop(x, whole, bicubic, torch.ones(len(x), dtype=torch.bool)), x.flip(3))
+
+
+RECIPE = dict(train.RECIPES["cifar100"], data="cifar100")
+
+
+def test_what_is_drawn_for_images():
+    torch.manual_seed(0)
+    draws = train.draw_images(40_000, 32, 32, RECIPE)
+    top, left, height, width = draws["crop"].T
+    whole = (height == 32) & (width == 32)
+    area, ratio = (height * width / 1024)[~whole], (height / width)[~whole].log()
+    assert 0.77 < area.min() and 0.7 < ratio.exp().min() and ratio.exp().max() < 1.43 and abs(ratio.mean()) < 0.01
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
+    assert (top + height == 32).any() and (left + width == 32).any() and 0.005 < whole.float().mean() < 0.1
+    for name in ("flip", "crop_bicubic", "bicubic"):
+        assert draws[name].float().mean() == pytest.approx(0.5, abs=0.02), name
+    assert draws["operation"].shape == (40_000, 2)
+    for column in draws["operation"].T:
+        assert (column == -1).float().mean() == pytest.approx(0.5, abs=0.01)
+        counts = column[column >= 0].bincount(minlength=15) / 20_000
+        assert len(counts) == 15 and (counts - 1 / 15).abs().max() < 0.01
+    pairs = draws["operation"] + 1
+    assert (pairs[:, 0] * 16 + pairs[:, 1]).unique().numel() == 256              # with replacement, each by itself
+    unclipped = draws["magnitude"][draws["magnitude"] < 10]
+    assert draws["magnitude"].mean() == pytest.approx(9, abs=0.02) and unclipped.std() == pytest.approx(0.49, abs=0.02)
+    assert draws["magnitude"].max() == 10 and draws["sign"].unique().tolist() == [-1, 1]
+    assert draws["sign"].mean() == pytest.approx(0, abs=0.02)
+    erased = draws["erase"][draws["erase"][:, 2] > 0]
+    assert len(erased) / 40_000 == pytest.approx(0.25, abs=0.01)
+    area, ratio = erased[:, 2] * erased[:, 3] / 1024, (erased[:, 2] / erased[:, 3]).log()
+    assert 0.01 < area.min() and area.max() < 0.36 and area.mean() == pytest.approx((0.02 + 1 / 3) / 2, abs=0.01)
+    assert abs(ratio.mean()) < 0.02 and ratio.std() == pytest.approx(2 * math.log(1 / 0.3) / 12 ** 0.5, abs=0.05)
+    assert (erased[:, :2] >= 0).all() and (erased[:, :2] + erased[:, 2:] <= 32).all() and erased[:, 2:].max() < 32
+    torch.manual_seed(0)
+    again = train.draw_images(40_000, 32, 32, RECIPE)
+    assert all(torch.equal(draws[name], again[name]) for name in draws)
+
+
+def test_what_is_drawn_for_mixing():
+    torch.manual_seed(0)
+    keep = train.draw_mixing(4000, 32, 32, RECIPE)
+    flat = keep.flatten(1)
+    boxed = ((flat == 0) | (flat == 1)).all(1)
+    assert keep.shape == (4000, 32, 32) and boxed.float().mean() == pytest.approx(0.5, abs=0.03)
+    lam = flat[~boxed][:, 0]
+    assert (flat[~boxed] == lam[:, None]).all()
+    assert lam.mean() == pytest.approx(0.5, abs=0.02) and lam.std() == pytest.approx((0.25 / 2.6) ** 0.5, abs=0.02)
+    for mask in keep[boxed][:50] == 0:                                          # one box, at most half outside
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert mask.sum() == len(rows) * len(columns) == mask[:, mask.any(0)][mask.any(1)].numel()
+    share = (keep[boxed] == 0).float().mean((1, 2))
+    assert 0.2 < share.mean() < 0.45 and share.min() == 0 and share.max() > 0.8  # clipped
+    only = {name: train.draw_mixing(200, 32, 32, dict(RECIPE, **{name: 0.0})).flatten(1) for name in ("mixup", "cutmix")}
+    assert ((only["mixup"] == 0) | (only["mixup"] == 1)).all() and (only["cutmix"] == only["cutmix"][:, :1]).all()
+
+
+def test_prepare_mixes_then_erases():
+    x, y = photos()[:12].view(2, 6, 3, 32, 32), torch.arange(12).view(2, 6)
+    off = dict(RECIPE, crop_scale=1.0, flip=0.0, ra_ops=0, erase=0.0)
+    draws = train.draw_images(12, 32, 32, off)
+    plain, labels = train.prepare(x.clone(), y, draws, None, off, 20, 0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in train.PIXELS["cifar100"])
+    torch.testing.assert_close(plain, (x / 255 - mean) / std)
+    assert torch.equal(labels, y)
+
+    keep = torch.full((2, 32, 32), 0.3125)                                      # exact in binary
+    keep[1] = 1
+    keep[1, 4:20, 8:16] = 0
+    mixed, shares = train.prepare(x.clone(), y, draws, keep, off, 20, 0)
+    for step, i in itertools.product(range(2), range(6)):
+        a, b = x[step, i].float(), x[step, 5 - i].float()                       # the partner: the flipped batch
+        expected = (0.3125 * a + 0.6875 * b).round() if step == 0 else a.clone()
+        if step == 1:
+            expected[:, 4:20, 8:16] = b[:, 4:20, 8:16]
+        torch.testing.assert_close(mixed[step, i], (expected / 255 - mean) / std)
+        own = 0.3125 if step == 0 else 1 - 128 / 1024                           # lambda as the box turned out
+        target = torch.zeros(20)
+        target[y[step, i]] += own
+        target[y[step, 5 - i]] += 1 - own
+        torch.testing.assert_close(shares[step, i], target)
+
+    draws = train.draw_images(12, 32, 32, dict(off, erase=1.0))
+    erased, _ = train.prepare(x.clone(), y, draws, keep, off, 20, 5)
+    mask = train.box_mask(draws["erase"], 32, 32).view(2, 6, 1, 32, 32).expand_as(erased)
+    assert torch.equal(erased[~mask], mixed[~mask]) and 0.05 < mask.float().mean() < 0.33
+    assert erased[mask].mean() == pytest.approx(0, abs=0.05) and erased[mask].std() == pytest.approx(1, abs=0.05)
+    again, _ = train.prepare(x.clone(), y, draws, keep, off, 20, 5)
+    assert torch.equal(again, erased)
+
+
+def test_augmentation_is_per_image_and_does_not_depend_on_the_chunk():
+    x = photos()[:40]
+    torch.manual_seed(4)
+    draws = train.draw_images(40, 32, 32, dict(RECIPE, ra_ops=3))
+    fill = torch.tensor(FILL, dtype=torch.float)
+    whole = train.augment(x.clone(), draws, RECIPE, fill)
+    parts = [train.augment(x[i:i + 7].clone(), {name: v[i:i + 7] for name, v in draws.items()}, RECIPE, fill)
+             for i in range(0, 40, 7)]
+    assert torch.equal(torch.cat(parts), whole)
+    same = train.augment(x[:1].repeat(40, 1, 1, 1), draws, RECIPE, fill)
+    assert len({image.numpy().tobytes() for image in same}) > 35                # one image, forty others
+
+
+def test_augmentation_serves_other_sizes():
+    x = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    y, _ = train.prepare(x[None], torch.zeros(1, 2, dtype=torch.long), train.draw_images(2, 224, 224, RECIPE),
+                         train.draw_mixing(1, 224, 224, RECIPE), RECIPE, 10, 0)
+    assert y.shape == (1, 2, 3, 224, 224) and y.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------- train.py: runs
 
 make_numbers = train.numbers
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Runs train.py's command on 200 training and 40 test images -> its result; runs go to tmp_path / "runs"."""
+def small(monkeypatch):
+    """Both data sets in small: 200 training and 40 test images."""
     monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(200 if seed == 1 else 40, seed))
+    monkeypatch.setattr(train, "cifar100", lambda root, train: make_numbers(200 if train else 40, 1 if train else 2))
 
-    def run(*flags):
+
+@pytest.fixture
+def command(small, tmp_path):
+    """Runs train.py's command on small data -> its result; runs go to tmp_path / "runs"."""
+    def run(*flags, data="numbers"):
         flags = [*map(str, flags)]
         flags += [] if "--runs" in flags else ["--runs", str(tmp_path / "runs")]
-        return CliRunner().invoke(train.app, ["--data", "numbers", "--device", "cpu", *flags])
+        return CliRunner().invoke(train.app, ["--data", data, "--device", "cpu", *flags])
     return run
 
 
 def run_folder(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     return folder, json.loads((folder / "config.json").read_text())
+
+
+def checkpoint(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def one_line(result, says, code=2):
+    assert result.exit_code == code and says in result.stderr, result.output
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
 
 def test_numbers_are_balanced_and_repeatable():
@@ -665,26 +889,46 @@ def test_numbers_are_balanced_and_repeatable():
 
 
 def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
-    result = command("--epochs", 2, "--pe", "layerwise", "--pool", "gap", "--mpvg")
+    result = command("--epochs", 3, "--pe", "layerwise", "--pool", "gap", "--mpvg", "--lr", 0.02)
     assert result.exit_code == 0, result.output
     first, *_, last = result.output.strip().splitlines()
     assert "numbers" in first and "cpu" in first
     folder, config = run_folder(tmp_path)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert folder.name == "mpvg-vit-nano-numbers-seed0" and [line["epoch"] for line in log] == [1, 2]
-    assert config["method"] == "mpvg" and config["torch"] == torch.__version__
-    assert f"test accuracy {log[-1]['test_accuracy']:.2f} %" in last
-    checkpoint = torch.load(folder / "last.pt", weights_only=True)
-    assert checkpoint["config"] == config and checkpoint["epoch"] == 2
-    model = load_weights(create("vit-nano", "mpvg"), folder / "last.pt")
-    normalise = train.normaliser((0.5, 0.5, 0.5), (0.3, 0.3, 0.3), "cpu")
-    accuracy = train.evaluate(model, normalise, *make_numbers(40, 2))
-    assert accuracy == pytest.approx(log[-1]["test_accuracy"], abs=0.01)
-    assert not list(folder.glob("*.tmp"))
+    log = log_of(folder)
+    assert folder.name == "mpvg-vit-nano-numbers-seed0" and [line["epoch"] for line in log] == [1, 2, 3]
+    assert config["method"] == "mpvg" and config["environment"]["torch"] == torch.__version__
+    assert config["environment"]["device"] == "cpu" and {"git", "python", "torchvision"} <= config["environment"].keys()
+    assert f"test accuracy {log[-1]['test_accuracy']:.2f} % after the last of 3 epochs (best: " in last
+    saved = checkpoint(folder)
+    assert saved["config"] == config and saved["epoch"] == 3 and saved["log"] == log
+    best = max(log, key=lambda line: line["test_accuracy"])                     # the first of equals
+    assert checkpoint(folder, "best.pt")["epoch"] == saved["best"]["epoch"] == best["epoch"]
+    assert saved["best"]["test_accuracy"] == best["test_accuracy"]
+    for name, epoch in (("last.pt", 3), ("best.pt", best["epoch"])):
+        model = load_weights(create("vit-nano", "mpvg"), folder / name).eval()
+        accuracy, loss = train.evaluate(model, *make_numbers(40, 2), "numbers", torch.device("cpu"))
+        assert accuracy == pytest.approx(log[epoch - 1]["test_accuracy"], abs=0.01)
+        assert loss == pytest.approx(log[epoch - 1]["test_loss"], rel=1e-4)
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "config.json", "last.pt", "log.jsonl"]
     monkeypatch.chdir(tmp_path)                                                 # the README's way to load a run
     shown = dict(torch=torch, create=create, load_weights=load_weights)
     exec(readme_code()[1], shown)
-    assert torch.equal(shown["model"].head.weight, model.head.weight)
+    assert torch.equal(shown["model"].head.weight, checkpoint(folder)["model"]["head.weight"])
+
+
+def test_evaluate_pads_the_last_batch():
+    seen, model = [], create("vit-nano", "mpvg").eval()
+    x, y = make_numbers(50, 2)
+
+    def predict(images):
+        seen.append(images.shape)
+        return model(images)
+    accuracy, loss = train.evaluate(predict, x, y, "numbers", torch.device("cpu"), batch_size=16)
+    assert seen == [(16, 3, 32, 32)] * 4
+    logits = model((x / 255 - 0.5) / 0.3)
+    assert accuracy == pytest.approx((logits.argmax(1) == y).float().mean().item() * 100)
+    assert loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+    assert train.evaluate(predict, x, y, "numbers", torch.device("cpu"), stopped=["SIGTERM"]) is None
 
 
 @pytest.mark.parametrize("flags, method, overrides", [
@@ -699,27 +943,71 @@ def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
     (["--pe", "none", "--pool", "cls"], "default", {"pe": "none"}),
     (["--mpvg"], "mpvg", {}),
     (["--method", "mpvg-free"], "mpvg-free", {}),
+    (["--method", "mpvg", "--last-pe", "2"], "mpvg", {"last_pe": 2}),
+    (["--last-pe", "none"], "mpvg", {"last_pe": None}),
+    (["--method", "pvg", "--last-pe", "shift"], "pvg", {"last_pe": "shift"}),
+    (["--layer0", "--no-hierarchical"], "mpvg", {"layer0": True, "hierarchical": False}),
+    (["--no-layer0", "--hierarchical", "--add-input", "--last-pe", "0", "--pe-init", "learned"], "mpvg", {}),
+    (["--method", "lape", "--no-layer0", "--add-input"], "lape", {"layer0": False, "add_input": True}),
+    (["--no-add-input", "--pe-init", "sincos"], "mpvg", {"add_input": False, "pe_init": "sincos"}),
+    (["--model", "vit-lite"], "mpvg", {}),
 ], ids=str)
-def test_flags_name_a_row(command, tmp_path, flags, method, overrides):
-    result = command("--epochs", 1, *flags)
-    assert result.exit_code == 0, result.output
+def test_flags_name_a_model(command, tmp_path, monkeypatch, flags, method, overrides):
+    trained = []
+    monkeypatch.setattr(train, "train_run", lambda config, model, *rest: trained.append(model) or 1 / 0)
+    result = command(*flags)
+    assert isinstance(result.exception, ZeroDivisionError), result.output
     folder, config = run_folder(tmp_path)
     assert (config["method"], config["overrides"]) == (method, overrides)
-    expected = create("vit-nano", method, **overrides).state_dict()
-    assert torch.load(folder / "last.pt", weights_only=True)["model"].keys() == expected.keys()
+    expected = create(config["model"], method, **overrides)
+    assert config["model"] == ("vit-lite" if "--model" in flags else "vit-nano")
+    assert trained[0].state_dict().keys() == expected.state_dict().keys()
+    for toggle in ("last_pe", "hierarchical", "add_input", "pool"):
+        assert getattr(trained[0], toggle) == getattr(expected, toggle)
     label = method + "".join(f"-{k}={v}" for k, v in overrides.items())
-    assert folder.name == f"{label}-vit-nano-numbers-seed0" and f"method    {label}: " in result.output
+    assert folder.name == f"{label}-{config['model']}-numbers-seed0" and f"method    {label}: " in result.output
 
 
-def test_model_and_name_reach_the_run(command, tmp_path):
-    result = command("--epochs", 1, "--batch-size", 100, "--model", "vit-lite", "--name", "lite")
+CHANGES = {  # every flag of the recipe, and a value that is another run
+    "epochs": 2, "batch_size": 32, "lr": 1e-3, "min_lr": 3e-4, "warmup_lr": 1e-4,
+    "warmup_epochs": 1.5, "cooldown_epochs": 1, "lr_per": "step", "weight_decay": 0.5, "decay_pe": False,
+    "label_smoothing": 0.3, "crop_scale": 0.5, "flip": 0.0, "ra_ops": 1, "ra_magnitude": 5.0, "mixup": 0.2,
+    "cutmix": 0.0, "erase": 0.9, "drop_path": 0.3, "attn_drop": 0.3, "fraction": 0.5, "seed": 1,
+}
+
+
+USUAL = ["--model", "vit-nano", "--epochs", "3", "--batch-size", "50"]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """The weights of a short run on 200 images with cifar100's recipe."""
+    folder = tmp_path_factory.mktemp("usual")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "cifar100", lambda root, train: make_numbers(200 if train else 40, 1 if train else 2))
+        flags = ["--data", "cifar100", "--device", "cpu", "--runs", str(folder), *USUAL]
+        assert CliRunner().invoke(train.app, flags).exit_code == 0
+    return checkpoint(folder / "mpvg-vit-nano-cifar100-seed0")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_number_of_the_recipe_is_a_flag_with_an_effect(command, usual, tmp_path, name):
+    assert {*train.RECIPES["cifar100"]} - {"model"} <= {*CHANGES} and usual["config"][name] != CHANGES[name]
+    value = CHANGES[name]
+    flag = "--" + name.replace("_", "-")
+    flag = ["--no-decay-pe"] if name == "decay_pe" else [flag, value]
+    result = command(*USUAL, *flag, data="cifar100")
     assert result.exit_code == 0, result.output
-    checkpoint = torch.load(tmp_path / "runs" / "lite" / "last.pt", weights_only=True)
-    load_weights(create("vit-lite", "mpvg"), checkpoint)
+    folder, config = run_folder(tmp_path)
+    assert config[name] == value
+    changed = {key for key in config if config[key] != usual["config"][key]} - {"environment"}
+    assert changed - {"warmup_epochs"} == {name} - {"warmup_epochs"}            # that follows a short --epochs
+    weights = checkpoint(folder)["model"]["blocks.1.mlp.fc1.weight"]
+    assert not torch.equal(weights, usual["model"]["blocks.1.mlp.fc1.weight"])
 
 
-def plain_loop(recipe, model, train_set, test_set, seed):
-    """What `train.py` must do, written out on its own. -> (model, losses, accuracies of the epochs)"""
+def plain_loop(recipe, model, train_set, test_set, seed, data):
+    """What `train.py` must do without augmentation, written out on its own. -> (model, losses, accuracies)"""
     torch.manual_seed(seed)
     model = create(model, "mpvg")
     tables = {"pos_embed"} if not recipe["decay_pe"] else set()
@@ -729,20 +1017,17 @@ def plain_loop(recipe, model, train_set, test_set, seed):
         dict(params=[p for n, p in model.named_parameters() if not decays[n]], weight_decay=0)])
     (images, labels), size, losses, accuracies = train_set, recipe["batch_size"], [], []
     steps = len(images) // size
-    mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in train.PIXELS[data])
     for epoch in range(recipe["epochs"]):
         order, total = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)), 0
         for i in range(steps):
             rows = order[i * size:(i + 1) * size]
             x = (images[rows] / 255 - mean) / std
-            if recipe["flip"]:
-                flips = torch.rand(size, 1, 1, 1) < 0.5
-                x = torch.stack([image.flip(-1) if f else image for image, f in zip(x, flips)])
-            t = epoch + i / steps
-            warmup = min(recipe["warmup_epochs"], recipe["epochs"] / 10)
+            t = epoch + (i / steps if recipe["lr_per"] == "step" else 0)
+            warmup, length = recipe["warmup_epochs"], recipe["epochs"] - recipe["cooldown_epochs"]
             for group in optimizer.param_groups:
                 group["lr"] = (1e-6 + (recipe["lr"] - 1e-6) * t / warmup if t < warmup else recipe["min_lr"] +
-                               (recipe["lr"] - recipe["min_lr"]) * (1 + math.cos(math.pi * t / recipe["epochs"])) / 2)
+                               (recipe["lr"] - recipe["min_lr"]) * (1 + math.cos(math.pi * min(t / length, 1))) / 2)
             optimizer.zero_grad()
             logs = model(x).log_softmax(1)
             nll = -logs[torch.arange(size), labels[rows]]
@@ -760,28 +1045,23 @@ def plain_loop(recipe, model, train_set, test_set, seed):
 
 @pytest.mark.parametrize("data", ["numbers", "cifar100"])
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_run_is_the_plain_loop(command, monkeypatch, tmp_path, data, seed):
-    train_set, test_set = make_numbers(200, 1), make_numbers(40, 2)
-    monkeypatch.setattr(train, "cifar100", lambda root, train: train_set if train else test_set)
-    changes = dict(epochs=3, batch_size=48, lr=0.004, weight_decay=0.2)
+def test_a_run_is_the_plain_loop(command, tmp_path, data, seed):
+    changes = dict(epochs=3, batch_size=48, lr=0.004, weight_decay=0.2, label_smoothing=0.3, warmup_epochs=0.6,
+                   cooldown_epochs=1, crop_scale=1, flip=0, ra_ops=0, mixup=0, cutmix=0, erase=0)
     recipe = dict(train.RECIPES[data], **changes)
-    monkeypatch.setitem(train.RECIPES, data, dict(train.RECIPES[data], label_smoothing=0.3))
-    recipe["label_smoothing"] = 0.3
     flags = [part for key, value in changes.items() for part in ("--" + key.replace("_", "-"), value)]
-    result = command("--data", data, "--model", "vit-nano", "--seed", seed, *flags)
+    result = command("--model", "vit-nano", "--seed", seed, *flags, data=data)
     assert result.exit_code == 0, result.output
     folder, config = run_folder(tmp_path)
     assert config["seed"] == seed and config["lr"] == 0.004 and config["model"] == "vit-nano"
-    model, losses, accuracies = plain_loop(recipe, "vit-nano", train_set, test_set, seed)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in log] == pytest.approx(losses, rel=1e-4)
-    assert [line["test_accuracy"] for line in log] == pytest.approx(accuracies, abs=0.01)
-    for name, value in torch.load(folder / "last.pt", weights_only=True)["model"].items():
+    model, losses, accuracies = plain_loop(recipe, "vit-nano", make_numbers(200, 1), make_numbers(40, 2), seed, data)
+    assert [line["loss"] for line in log_of(folder)] == pytest.approx(losses, rel=1e-4)
+    assert [line["test_accuracy"] for line in log_of(folder)] == pytest.approx(accuracies, abs=0.01)
+    for name, value in checkpoint(folder)["model"].items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=2e-4)
 
 
-def test_default_data_depends_on_the_accelerator(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(200, seed))
+def test_default_data_depends_on_the_accelerator(monkeypatch, tmp_path, small):
     monkeypatch.setattr(train, "accelerator", lambda: None)
     result = CliRunner().invoke(train.app, ["--epochs", "1", "--runs", str(tmp_path)])
     assert result.output.startswith("data      numbers (no accelerator found") and result.exit_code == 0
@@ -806,15 +1086,73 @@ def test_cifar100_is_torchvisions(monkeypatch, tmp_path):
     assert x[1, 2, 5, 7] == Fake(tmp_path, True, True).data[1, 5, 7, 2]
 
 
+def test_fraction_is_balanced_and_chosen_by_seed(monkeypatch):
+    labels = torch.arange(400) % 20
+    monkeypatch.setattr(train, "cifar100", lambda root, train: (torch.arange(400).view(400, 1), labels))
+    chosen = [train.load_data("cifar100", ".", 0.15, seed)["train"] for seed in (0, 0, 1)]
+    for images, classes in chosen:
+        assert classes.bincount().tolist() == [3] * 20 and torch.equal(labels[images[:, 0]], classes)
+    assert torch.equal(chosen[0][0], chosen[1][0]) and not torch.equal(chosen[0][0], chosen[2][0])
+    assert len(train.load_data("cifar100", ".", 0.15)["test"][1]) == 400
+
+
+def test_compile_and_precision_reach_the_step(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
+    model, x, y = create("vit-nano", "mpvg"), torch.randn(4, 3, 32, 32), torch.arange(4)
+    cpu = torch.device("cpu")
+    config = dict(precision="fp32", compile="off", label_smoothing=0.1)
+    loss, predict = train.step_functions(model, config, cpu)
+    expected = F.cross_entropy(model(x), y, label_smoothing=0.1)
+    assert not asked and torch.equal(loss(x, y), expected)
+    torch.testing.assert_close(loss(x, F.one_hot(y, 100).float()), expected)    # shares of labels: the same
+    for word, mode in (("on", None), ("graphs", "reduce-overhead")):
+        train.step_functions(model, dict(config, compile=word), cpu)
+        assert asked[-2:] == [dict(fullgraph=True, dynamic=False, mode=mode), dict(fullgraph=True, dynamic=False)]
+    half = train.step_functions(model, dict(config, precision="bf16"), cpu)
+    assert half[1](x).dtype == torch.float32 and not torch.equal(half[1](x), predict(x))
+    torch.testing.assert_close(half[0](x, y), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_run_flags_reach_the_run(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "train_run", lambda *run: seen.append(run) or 1 / 0)
+    for flags, expected in (([], ("fp32", "off")),
+                            (["--precision", "bf16", "--compile", "graphs"], ("bf16", "graphs"))):
+        seen = []
+        assert isinstance(command(*flags, "--overwrite").exception, ZeroDivisionError)
+        config, _, _, folder, device, _ = seen[0]
+        assert (config["precision"], config["compile"]) == expected
+        assert folder == tmp_path / "runs" / "mpvg-vit-nano-numbers-seed0" and device.type == "cpu"
+
+
+def test_compiled_training_is_the_same(command, tmp_path, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: real(f, backend="aot_eager", **how))
+    for word in ("off", "on"):
+        assert command("--epochs", 2, "--compile", word, "--name", word).exit_code == 0
+    off, on = (checkpoint(tmp_path / "runs" / word) for word in ("off", "on"))
+    assert on["model"].keys() == off["model"].keys()                            # the plain module is what is saved
+    for name, value in on["model"].items():
+        torch.testing.assert_close(value, off["model"][name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--data", "imagenet"], "cannot be trained by this version: use --data cifar100 or"),
     (["--method", "mpvg", "--pe", "none"], "leave out --pe, --pool and --mpvg, or --method"),
     (["--pool", "cls", "--mpvg"], "--mpvg needs a PE and --pool gap"),
     (["--pe", "none", "--mpvg"], "--mpvg needs a PE and --pool gap"),
     (["--method", "rope"], "unknown method 'rope': choose from default"),
+    (["--last-pe", "4"], "a block's number under 4"),
+    (["--last-pe", "first"], "unknown last_pe 'first'"),
+    (["--method", "lape", "--last-pe", "0"], "use pool='gap'"),
+    (["--method", "gap", "--layer0"], "use pe='layerwise'"),
     (["--model", "resnet"], "unknown model 'resnet': choose from vit-lite"),
     (["--model", "deit-tiny"], "use vit-lite or vit-nano"),
     (["--batch-size", "401"], "--batch-size 401 is more than the 200"),
+    (["--fraction", "0"], "more than the 0 training images"),
+    (["--warmup-epochs", "6"], "leave nothing of --epochs 6"),
+    (["--cooldown-epochs", "6"], "leave nothing of --epochs 6"),
+    (["--drop-path", "1"], "drop_path=1.0 must be"),
     (["--device", "cuda:99"], "cuda"),
     (["--device", "abacus"], "unknown --device 'abacus': choose from auto, cpu"),
     (["--device", "meta"], "unknown --device 'meta'"),
@@ -824,68 +1162,201 @@ def test_cifar100_is_torchvisions(monkeypatch, tmp_path):
     (["--name", "."], "is not the name of one folder"),
     (["--name", ".."], "is not the name of one folder"),
     (["--name", "x" * 201], "is not the name of one folder"),
-    (["--lr", "inf"], "must be finite"),
-    (["--weight-decay", "inf"], "must be finite"),
+    (["--lr", "inf"], "--lr must be a finite number"),
+    (["--weight-decay", "inf"], "--weight-decay must be a finite number"),
+    (["--resume", "--overwrite"], "give one"),
+    (["--freeze"], "--init says which weights it keeps"),
+    (["--init", "nowhere.pt"], "nowhere.pt"),
+    (["--init", __file__], "cannot be loaded safely"),
     (["--runs", __file__], "choose another --runs"),
-    (["--lr", "1e30", "--batch-size", "20"], "lower --lr"),
+    (["--lr", "1e30", "--batch-size", "20"], "lower --lr; nothing was saved yet"),
 ], ids=str)
 def test_a_users_mistake_gets_one_line(command, flags, says):
-    result = command(*flags)
-    assert result.exit_code == 2 and says in result.stderr
-    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    one_line(command(*flags), says)
 
 
 @pytest.mark.parametrize("flags", [["--epochs", "0"], ["--batch-size", "-3"], ["--lr", "-1"], ["--pe", "rope"],
                                    ["--weight-decay", "-1"], ["--seed", "-1"], ["--seed", str(2**32)], ["--lr", "nan"],
-                                   ["--surplus"], ["--pool", "max"], ["--data", "mnist"]])
+                                   ["--surplus"], ["--pool", "max"], ["--data", "mnist"], ["--mixup", "-1"],
+                                   ["--erase", "2"], ["--ra-magnitude", "11"], ["--crop-scale", "0"],
+                                   ["--fraction", "1.5"], ["--lr-per", "year"]], ids=str)
 def test_nonsense_is_refused(command, flags):
     assert command(*flags).exit_code == 2
 
 
-def test_cifar100_that_cannot_be_had(command, monkeypatch, tmp_path):
+def test_cifar100_that_cannot_be_had(monkeypatch, tmp_path):
     def offline(*_, **__):
         raise OSError("no network")
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", offline)
-    result = command("--data", "cifar100", "--data-dir", tmp_path)
-    assert result.exit_code == 2 and "could not be downloaded (no network)" in result.stderr
+    result = CliRunner().invoke(train.app, ["--data", "cifar100", "--device", "cpu", "--data-dir", str(tmp_path),
+                                            "--runs", str(tmp_path / "runs")])
+    one_line(result, "could not be downloaded (no network)")
     assert not (tmp_path / "runs").exists()                                     # nothing half-begun
 
 
-def test_a_run_is_not_overwritten_unless_asked(command, tmp_path):
-    assert command("--epochs", 1).exit_code == 0
+# ------------------------------------------------------------------------------------- train.py: runs that survive
+
+def equal_runs(a, b):
+    a, b = checkpoint(a), checkpoint(b)
+    for key in ("model", "optimizer", "best", "epoch", "step"):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)              # bit for bit
+    assert torch.equal(a["rng"], b["rng"])
+    lines = [[{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in x["log"]]
+             for x in (a, b)]
+    assert lines[0] == lines[1]
+
+
+def start(flags):
+    """train.py's command in a process of its own, of the fixture's small data."""
+    def main():
+        code = CliRunner().invoke(train.app, flags).exit_code
+        os._exit(code if code >= 0 else 1)
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(command, tmp_path):
+    flags = ["--data", "cifar100", "--device", "cpu", "--model", "vit-nano", "--epochs", "6", "--batch-size", "8",
+             "--drop-path", "0.2", "--runs", str(tmp_path / "runs"), "--name"]
+    assert command(*flags[4:], "whole", data="cifar100").exit_code == 0
+    seconds = log_of(tmp_path / "runs" / "whole")[-1]["seconds"]
+    random = Random(0)
+    ends = []
+    for number in itertools.count():
+        process = start([*flags, "killed", "--resume"])
+        kind = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)[number % 4]
+        time.sleep(0.2 + seconds * random.uniform(0.05, 0.35))
+        if process.is_alive():
+            os.kill(process.pid, kind)
+        process.join()
+        ends.append(process.exitcode)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[kind]
+        assert number < 60
+    assert len(ends) > 2, ends
+    equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
+    assert len(log_of(tmp_path / "runs" / "killed")) == 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_a_signal_finishes_the_step_saves_and_says_so(command, tmp_path, monkeypatch):
+    """In the middle of an epoch; the run then goes on from that step."""
+    steps = []
+    real = train.lr_at
+    monkeypatch.setattr(train, "lr_at", lambda *a, **k: steps.append(len(steps) == 29 and os.kill(
+        os.getpid(), signal.SIGTERM)) or real(*a, **k))
+    flags = ["--epochs", 3, "--batch-size", 10, "--drop-path", 0.1, "--name"]
+    result = command(*flags, "stopped")
+    assert result.exit_code == 143 and "stopped by SIGTERM after step 10 of 20 of epoch 2: saved" in result.output
+    saved = checkpoint(tmp_path / "runs" / "stopped")
+    assert (saved["epoch"], saved["step"], len(saved["losses"])) == (1, 10, 10)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL                   # the handler is gone with the run
+    monkeypatch.setattr(train, "lr_at", real)
+    result = command(*flags, "stopped", "--resume")
+    assert result.exit_code == 0 and "on from step 10 of epoch 2" in result.output
+    assert command(*flags, "whole").exit_code == 0
+    equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped")
+
+
+def test_stopped_in_evaluation_it_goes_on(command, tmp_path, monkeypatch):
+    real = train.evaluate
+
+    def interrupted(*args, stopped):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, stopped=stopped)
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    result = command("--epochs", 2, "--batch-size", 50, "--name", "stopped")
+    assert result.exit_code == 130 and "stopped by SIGINT after step 4 of 4 of epoch 1" in result.output
+    monkeypatch.setattr(train, "evaluate", real)
+    assert command("--epochs", 2, "--batch-size", 50, "--name", "stopped", "--resume").exit_code == 0
+    assert command("--epochs", 2, "--batch-size", 50, "--name", "whole").exit_code == 0
+    equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped")
+
+
+def test_resume_starts_finishes_and_refuses_other_flags(command, tmp_path):
+    result = command("--epochs", 1, "--resume")                                 # nothing was saved yet
+    assert result.exit_code == 0, result.output
     folder, _ = run_folder(tmp_path)
     before = (folder / "last.pt").read_bytes()
-    again = command("--epochs", 1, "--seed", 0)
-    assert again.exit_code == 2 and "--overwrite" in again.stderr and (folder / "last.pt").read_bytes() == before
-    (folder / "log.jsonl").write_text("old\n" * 9)
-    assert command("--epochs", 1, "--overwrite", "--lr", "1e30", "--batch-size", 20).exit_code == 2   # a failing run
-    assert (folder / "last.pt").read_bytes() == before                          # costs nothing that was saved
+    again = command("--epochs", 1, "--resume")
+    accuracy = log_of(folder)[-1]["test_accuracy"]
+    assert again.exit_code == 0 and f"is finished: test accuracy {accuracy:.2f} %" in again.output
+    other = command("--epochs", 2, "--lr", 0.5, "--resume")
+    one_line(other, "epochs was 1, is 2; lr was 0.002, is 0.5")
+    assert (folder / "last.pt").read_bytes() == before
+    one_line(command("--epochs", 1), "exists: --resume goes on with it, --overwrite replaces it")
+    (folder / "last.pt").write_bytes(before[:5000])
+    one_line(command("--epochs", 1, "--resume"), "cannot be loaded safely: it is damaged")
+
+
+def test_what_was_saved_stays_until_there_is_something_new(command, tmp_path, monkeypatch):
+    assert command("--epochs", 1).exit_code == 0
+    folder, _ = run_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    one_line(command("--epochs", 1, "--overwrite", "--lr", "1e30", "--batch-size", 20), "no longer finite at step")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def full(*_):
+        raise RuntimeError("disk full")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        one_line(command("--epochs", 1, "--overwrite"), "cannot be written (disk full): free the disk")
+    assert {path.name for path in folder.iterdir()} == {*before}
+    assert (folder / "last.pt").read_bytes() == before["last.pt"]
     assert command("--epochs", 2, "--overwrite").exit_code == 0
-    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 2
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 2
+    assert checkpoint(folder)["epoch"] == 2 and len(log_of(folder)) == 2
+    (folder / "last.pt").unlink()                                               # a folder without weights: still a run
+    one_line(command("--epochs", 2), "exists")
 
 
-def test_normaliser():
-    x = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 3, 1, 1)
-    y = train.normaliser((0.5, 0.5, 0.1), (0.25, 0.5, 0.1), "cpu")(x)
-    torch.testing.assert_close(y.flatten(), torch.tensor([-2.0, 1.0, 1.0]))
+@pytest.mark.parametrize("place, step", [("loss", 3), ("weights", 4)])
+def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch, place, step):
+    """In epoch 2, of four steps: a loss of nan at step 3; or nan weights after the last step's finite loss."""
+    real, steps = train.lr_at, []
 
+    def planted(*args, **kwargs):
+        steps.append(0)
+        return math.nan if len(steps) == (6 if place == "loss" else 8) else real(*args, **kwargs)
+    monkeypatch.setattr(train, "lr_at", planted)
+    one_line(command("--epochs", 3, "--batch-size", 50), f"no longer finite at step {step} of epoch 2: lower --lr; ")
+    folder, _ = run_folder(tmp_path)
+    assert checkpoint(folder)["epoch"] == 1 and len(log_of(folder)) == 1
+    assert all(p.isfinite().all() for p in checkpoint(folder)["model"].values())
+
+
+# ------------------------------------------------------------------------- train.py: recipe, fine-tuning, evaluation
 
 def test_lr_at():
-    recipe = dict(epochs=300, warmup_epochs=10, lr=6e-4, min_lr=1e-5)
+    recipe = dict(epochs=310, warmup_epochs=10, cooldown_epochs=10, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6)
+    assert {name: train.RECIPES["cifar100"][name] for name in recipe} == recipe
     assert train.lr_at(0, **recipe) == 1e-6
     assert train.lr_at(5, **recipe) == pytest.approx((1e-6 + 6e-4) / 2)
-    for epoch, value in ((10, 5.984e-4), (150, 3.05e-4), (299, 1.002e-5), (305, 1e-5)):
+    for epoch, value in ((10, 5.984e-4), (150, 3.05e-4), (299, 1.002e-5), (300, 1e-5), (309, 1e-5)):
         assert train.lr_at(epoch, **recipe) == pytest.approx(value, rel=1e-3)
     for lr in (0, 1e-9, 1e-6):                                                  # never above the peak
         assert max(train.lr_at(t / 10, **{**recipe, "lr": lr}) for t in range(3100)) == pytest.approx(lr)
 
 
+def test_the_recipe_steps_per_epoch(command, tmp_path):
+    assert command("--epochs", 4, "--model", "vit-nano", data="cifar100").exit_code == 0
+    folder, config = run_folder(tmp_path)
+    schedule = {key: config[key] for key in inspect.signature(train.lr_at).parameters if key != "epoch"}
+    assert [line["lr"] for line in log_of(folder)] == [train.lr_at(t, **schedule) for t in range(4)]
+    assert (config["warmup_epochs"], config["cooldown_epochs"]) == (0.4, 0)     # a tenth of a short run
+
+
 def test_recipes_are_the_published_ones():
-    published = dict(batch_size=128, lr=6e-4, min_lr=1e-5, weight_decay=0.06, label_smoothing=0.1, decay_pe=True,
-                     mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761], model="vit-lite", flip=True)
-    assert {key: train.RECIPES["cifar100"][key] for key in published} == published
-    assert not train.RECIPES["numbers"]["flip"]                                 # a mirrored number is another one
+    published = dict(model="vit-lite", epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6,
+                     warmup_epochs=10, cooldown_epochs=10, lr_per="epoch", weight_decay=0.06, decay_pe=True,
+                     label_smoothing=0.1, crop_scale=0.8, flip=0.5, ra_ops=2, ra_magnitude=9, mixup=0.8, cutmix=1.0,
+                     erase=0.25)
+    assert train.RECIPES["cifar100"] == published
+    assert train.PIXELS["cifar100"] == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    off = dict(crop_scale=1, flip=0, ra_ops=0, mixup=0, cutmix=0, erase=0)      # a mirrored number is another one
+    assert {key: train.RECIPES["numbers"][key] for key in off} == off
 
 
 @pytest.mark.parametrize("decay_pe", [False, True])
@@ -902,19 +1373,255 @@ def test_every_parameter_is_in_one_group(method, decay_pe):
         assert (id(parameter) in inside) == expected, name
 
 
-def test_flip_is_per_image_and_only_for_cifar100(monkeypatch, tmp_path):
-    seen = []
-    real = create("vit-nano", "mpvg")
-    data = torch.arange(32, dtype=torch.uint8).expand(64, 3, 32, 32).contiguous()     # a ramp from left to right
-    monkeypatch.setattr(train, "cifar100", lambda root, train: (data, torch.zeros(64, dtype=torch.long)))
-    real.register_forward_pre_hook(lambda m, x: seen.append(x[0]) if m.training else None)
-    monkeypatch.setattr(train, "create", lambda *a, **k: real)
-    result = CliRunner().invoke(train.app, ["--data", "cifar100", "--epochs", "1", "--batch-size", "64",
-                                            "--device", "cpu", "--runs", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    flipped = seen[0][:, 0, 0, 0] > seen[0][:, 0, 0, -1]
-    assert 10 < flipped.sum() < 54
+def test_counts_are_printed(command):
+    result = command("--epochs", 1)
+    decayed, free = train.parameter_groups(create("vit-nano", "mpvg"), 0, False)
+    for group in (decayed["params"], free["params"]):
+        assert f"{sum(p.numel() for p in group):,} ({len(group)})" in result.output
 
+
+def test_init_and_freeze(command, tmp_path):
+    assert command("--epochs", 1, "--name", "first").exit_code == 0
+    first = checkpoint(tmp_path / "runs" / "first")["model"]
+    result = command("--epochs", 1, "--lr", 0, "--init", tmp_path / "runs" / "first" / "last.pt", "--name", "same")
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(checkpoint(tmp_path / "runs" / "same")["model"], first, rtol=0, atol=0)
+    result = command("--epochs", 1, "--init", tmp_path / "runs" / "first" / "best.pt", "--freeze", "--name", "probe")
+    assert result.exit_code == 0 and f"{sum(v.numel() for v in first.values()) - 12_900:,}" in result.output
+    probe = checkpoint(tmp_path / "runs" / "probe")["model"]
+    for name, value in probe.items():
+        assert torch.equal(value, first[name]) == (not name.startswith("head")), name
+    ten = {**first, "head.weight": first["head.weight"][:10], "head.bias": first["head.bias"][:10]}
+    torch.save(ten, tmp_path / "ten.pt")                                        # other classes: a new head
+    result = command("--epochs", 1, "--lr", 0, "--init", tmp_path / "ten.pt", "--name", "ten")
+    assert result.exit_code == 0, result.output
+    moved = checkpoint(tmp_path / "runs" / "ten")["model"]
+    assert moved["head.weight"].shape == (100, 128) and torch.equal(moved["pos_embed"], first["pos_embed"])
+
+
+def test_eval_measures_again(command, tmp_path, small):
+    assert command("--epochs", 3, "--lr", 0.01, "--batch-size", 20).exit_code == 0
+    folder, _ = run_folder(tmp_path)
+    lines = log_of(folder)
+
+    def evaluation(*flags):
+        result = CliRunner().invoke(train.app, ["eval", *map(str, flags)])
+        assert result.exit_code == 0, result.output
+        return result.output
+    last = f"test accuracy {lines[-1]['test_accuracy']:.2f} %, loss {lines[-1]['test_loss']:.4f}, 40 images"
+    assert all(last in evaluation(*flags) for flags in ([folder], [folder, "--fold"], [folder / "last.pt"]))
+    best = checkpoint(folder, "best.pt")["epoch"]
+    assert f"epoch {best}: test accuracy {lines[best - 1]['test_accuracy']:.2f} %" in evaluation(folder / "best.pt")
+    assert last not in evaluation(folder, "--image-size", 48) and "40 images" in evaluation(folder, "--image-size", 48)
+    torch.save(create("vit-nano", "mpvg").state_dict(), tmp_path / "bare.pt")
+    for flags, says in (([folder / "log.jsonl"], "cannot be loaded safely"), ([tmp_path / "nowhere"], "nowhere"),
+                        ([folder, "--image-size", 33], "not divisible by patch_size"), ([tmp_path], "last.pt"),
+                        ([tmp_path / "bare.pt"], "is no checkpoint of this train.py")):
+        one_line(CliRunner().invoke(train.app, ["eval", *map(str, flags)]), says)
+
+
+# ------------------------------------------------------------------------------------------- train.py: sweep, report
+
+def test_a_subcommand_takes_its_flags_after_its_name(small, tmp_path):
+    for name in ("sweep", "eval", "report"):
+        one_line(CliRunner().invoke(train.app, ["--epochs", "3", name]), f"--epochs stands before {name}")
+        one_line(CliRunner().invoke(train.app, ["--mpvg", name, "--help"]), f"--mpvg stands before {name}")
+        assert CliRunner().invoke(train.app, [name, "--help"]).exit_code == 0
+
+
+def sweep(*flags):
+    return CliRunner().invoke(train.app, ["sweep", *map(str, flags)])
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Collects what a sweep would start, and says of each that it went well."""
+    class Fake:
+        returncode = 0
+        started = []
+
+        def __init__(self, command, **_):
+            self.started.append(command[2:])
+
+        def poll(self):
+            return 0
+    Fake.started = []
+    monkeypatch.setattr(subprocess, "Popen", Fake)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    return Fake.started
+
+
+def test_sweep_plans_every_pair(commands, tmp_path):
+    shared = ["--data", "numbers", "--lr", "0.01", "--runs", str(tmp_path / "runs")]
+    result = sweep("--methods", "lape,mpvg", "--seeds", 2, *shared)
+    assert result.exit_code == 0, result.output
+    assert commands == [[*shared, "--method", method, "--seed", seed, "--resume"]
+                        for method in ("lape", "mpvg") for seed in ("0", "1")]
+
+
+@pytest.mark.parametrize("name, model, labels", [
+    ("fig1", "vit-lite", ["default", "lape", "gap", "lape-gap", "mpvg"]),
+    ("fig5", "vit-lite", ["gap", "gap-last-pe", "pvg", "mpvg"]),
+    ("table5", "vit-lite", ["pvg", "mpvg-last_pe=6", "mpvg-last_pe=4", "mpvg-last_pe=2", "mpvg"]),
+    ("table5", "deit-tiny", ["pvg", "mpvg-last_pe=11", "mpvg-last_pe=8", "mpvg-last_pe=5", "mpvg"]),
+    ("table6", "vit-nano", ["mpvg", "mpvg-hierarchical=False", "mpvg-layer0=True", "mpvg-add_input=False"]),
+    ("controls", "vit-nano", ["pvg", "mpvg", "mpvg-free", "mpvg-shift"]),
+])
+def test_sets_are_the_papers(commands, monkeypatch, tmp_path, name, model, labels):
+    seen = []
+    monkeypatch.setattr(train, "results", lambda runs, order: seen.append(order) or "")
+    monkeypatch.setattr(train, "finished_runs", lambda folders: [*folders])
+    result = sweep("--set", name, "--seeds", 1, "--model", model, "--data", "cifar100", "--runs", tmp_path)
+    assert result.exit_code == 0 and seen == [labels] and len(commands) == len(labels), result.output
+    if model != "vit-nano":
+        paper = train.PAPER[model, "imagenet" if model == "deit-tiny" else "cifar100"]
+        assert (model == "vit-lite") or {*labels} <= {*paper}
+
+
+def write_run(folder, accuracies, **config):
+    folder.mkdir(parents=True)
+    config = dict(dict(data="cifar100", model="vit-lite", epochs=len(accuracies), method="mpvg", overrides={}, seed=0,
+                       drop_path=None, attn_drop=None, lr=6e-4, environment={}), **config)
+    (folder / "config.json").write_text(json.dumps(config))
+    log = [dict(epoch=i + 1, test_accuracy=a, loss=1.0, seconds=10.0 * (i + 1)) for i, a in enumerate(accuracies)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+
+def test_the_table_of_finished_runs(tmp_path):
+    for seed, (first, second) in enumerate([(70.0, 73.0), (71.0, 73.5), (72.0, 75.5)]):
+        write_run(tmp_path / f"a{seed}", [80.0, first], method="default", seed=seed)
+        write_run(tmp_path / f"b{seed}", [1.0, second], seed=seed)
+    write_run(tmp_path / "c", [1.0, 74.0], method="lape", seed=7)               # no pair: no difference
+    write_run(tmp_path / "d", [50.0, 60.0], overrides={"layer0": True})
+    write_run(tmp_path / "e", [50.0], method="pvg", epochs=2)                   # not finished
+    write_run(tmp_path / "f", [10.0, 20.0], method="pvg", lr=0.1)               # another setting: another table
+    (tmp_path / "other").mkdir()
+    result = sweep("--from", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines() if "|" in line]
+    assert rows[0] == ["method", "n", "last epoch %", "minus default", "best epoch %", "seconds", "parameters",
+                       "paper %"]
+    assert rows[2] == ["default", "3", "71.00 +- 1.00", "", "80.00", "20", "3,740,004", "74.90"]
+    assert rows[3] == ["lape", "1", "74.00", "", "74.00", "20", "3,743,588", "75.52"]
+    half = 4.303 * np.std([3, 2.5, 3.5], ddof=1) / 3 ** 0.5
+    assert rows[4] == ["mpvg", "3", "74.00 +- 1.32", f"+3.00 +- {half:.2f}", "74.00", "20", "3,743,076", "76.87"]
+    assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00", "60.00", "20", "3,743,588", ""]
+    assert rows[8] == ["pvg", "1", "20.00", "", "20.00", "20", "3,742,564", "76.67"] and len(rows) == 9
+    assert max(map(len, result.output.splitlines())) <= 110
+
+
+def test_student_t():
+    """Half the interval of values whose standard error is 1: the t quantile itself; tables: 2.776, 2.060, 1.984."""
+    for n, t in ((5, 2.776), (26, 2.060), (101, 1.984)):
+        values = torch.linspace(-1, 1, n).double()
+        values = (values / values.std() * n ** 0.5).tolist()
+        assert train.interval(values) == pytest.approx(t, rel=2e-3)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--from", "nowhere"], "nowhere holds no finished run"),
+    (["--from", ".", "--seeds", "2"], "leave out the other flags"),
+    (["--from", ".", "--epochs", "2"], "leave out the other flags"),
+    (["--methods", "mpvg", "--set", "fig1"], "--methods and --set both"),
+    (["--methods", "mpvg,rope"], "unknown method 'rope'"),
+    (["--seed", "1"], "sweep sets --seed itself"), (["--method", "mpvg"], "sweep sets --method itself"),
+    (["--name", "x"], "sweep sets --name itself"), (["--overwrite"], "sweep sets --overwrite itself"),
+    (["--lr", "inf"], "--lr must be a finite number"), (["--runs", __file__], "choose another --runs"),
+    (["--methods", "lape,mpvg", "--last-pe", "0"], "use pool='gap'"),
+], ids=str)
+def test_a_sweeps_mistake_ends_it_before_the_first_run(commands, flags, says):
+    one_line(sweep("--device", "cpu", *flags) if "--from" not in flags else sweep(*flags), says)
+    assert commands == []
+    assert sweep("--surplus", "1").exit_code == 2 and sweep("--set", "fig9").exit_code == 2
+
+
+def test_a_run_that_fails_is_named(monkeypatch, commands, tmp_path):
+    write_run(tmp_path / "runs" / "mpvg-vit-nano-numbers-seed0", [50.0], model="vit-nano", data="numbers")
+    monkeypatch.setattr(subprocess.Popen, "returncode", property(lambda self: 2 if len(commands) == 2 else 0))
+    result = sweep("--methods", "mpvg,lape", "--seeds", 1, "--data", "numbers", "--runs", tmp_path / "runs")
+    assert result.exit_code == 2 and "1 of 2 runs failed and are not in the table: lape-vit-nano" in result.stderr
+    assert "| mpvg" in (tmp_path / "runs" / "sweep.md").read_text()
+
+
+def test_a_real_sweep_side_by_side(tmp_path):
+    """Processes of their own, two at once."""
+    flags = ["--methods", "gap,mpvg", "--seeds", "1", "--jobs", "2", "--data", "numbers", "--device", "cpu", "--fraction",
+             "0.01", "--epochs", "1", "--runs", str(tmp_path)]
+    result = subprocess.run([sys.executable, "train.py", "sweep", *flags], cwd=Path(__file__).parent,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / "sweep.md").read_text()
+    assert table in result.stdout and table in sweep("--from", tmp_path).output
+    for method in ("gap", "mpvg"):
+        name = f"{method}-vit-nano-numbers-seed0"
+        assert f"| {method}" in table and checkpoint(tmp_path / name)["epoch"] == 1
+        assert "300 to train, 4,000 to test" in (tmp_path / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
+def test_measure_is_what_it_says(method):
+    model = tiny(method)
+    batches = [images(3, seed=1), images(2, seed=2)]
+    found = train.measure(model, batches)
+    p, x = model.state_dict(), torch.cat(batches)
+    per_block, last = model.delivered_pe()
+    stream, streams = model.patch_embed(x).flatten(2).transpose(1, 2), []
+    if method == "default":
+        stream = torch.cat([p["cls_token"].expand(5, 1, -1), stream], dim=1)
+    stream = stream + p["pos_embed"]
+    for block, e in zip(model.blocks, per_block):
+        streams.append(layer_norm(stream, p, f"blocks.{len(streams)}.norm1"))
+        stream = block(stream, e)
+    streams.append(layer_norm(stream, p, "norm"))
+    for i, (mine, e) in enumerate(zip(streams, [*per_block, last])):
+        torch.testing.assert_close(found["tokens"][i], mine.mean(0), rtol=1e-8, atol=1e-8)
+        assert (found["pe"][i] is None) == (found["correlation"][i] is None) == (e is None)
+        if e is not None:
+            e = e.detach().broadcast_to(1, *mine.shape[1:])[0]
+            r = np.corrcoef(mine.mean(0).detach().flatten(), e.flatten())[0, 1]
+            assert found["correlation"][i] == pytest.approx(r, abs=1e-6)
+    before, after = stream.mean(1), streams[-1].mean(1)
+    cosine = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
+    assert found["cosine"] == pytest.approx(cosine.mean().item())
+    offset = p["norm.bias"] + (0 if last is None else last.detach().reshape(-1, 16).mean(0))
+    torch.testing.assert_close(found["offset"], offset)
+    assert torch.equal(found["beta"], p["norm.bias"]) and torch.equal(found["gamma"], p["norm.weight"])
+    assert not model.norm._forward_hooks
+
+
+def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
+    for method in ("default", "mpvg"):
+        assert command("--epochs", 2, "--method", method).exit_code == 0
+    folders = [str(folder) for folder in sorted((tmp_path / "runs").iterdir())]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = CliRunner().invoke(train.app, ["report", *folders, "--out", str(tmp_path / "bare"), "--images", "10"])
+    assert result.exit_code == 0 and "the figures need matplotlib" in result.output, result.output
+    assert [path.name for path in (tmp_path / "bare").iterdir()] == ["report.json"]
+    numbers = json.loads((tmp_path / "bare" / "report.json").read_text())
+    assert [*numbers] == ["default-vit-nano-numbers-seed0", "mpvg-vit-nano-numbers-seed0"]
+    found = numbers["mpvg-vit-nano-numbers-seed0"]
+    model = load_weights(create("vit-nano", "mpvg"), Path(folders[1]) / "last.pt").eval()
+    expected = train.measure(model, [train.normalise(make_numbers(40, 2)[0][:10], "numbers")])
+    assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
+    assert found["offset"] == pytest.approx(expected["offset"].tolist(), abs=1e-5) and len(found["beta"]) == 128
+    assert found["beta_variance"] == pytest.approx(np.var(found["beta"], ddof=1))
+    monkeypatch.undo()
+    one_line(CliRunner().invoke(train.app, ["report", folders[0], folders[0]]), "two runs are called default-")
+    one_line(CliRunner().invoke(train.app, ["report", str(tmp_path)]), "last.pt")
+
+
+def test_the_figures(command, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert command("--epochs", 2).exit_code == 0
+    folder, _ = run_folder(tmp_path)
+    result = CliRunner().invoke(train.app, ["report", str(folder), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "numbers and figures in" in result.output, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "correlation.png", "curves.png", "last_norm.png", f"layers-{folder.name}.png", "report.json"]
+    assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "out").glob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------- README, --help
 
 def readme_code():
     return re.findall(r"```python\n(.*?)```", (Path(__file__).parent / "README.md").read_text(), re.S)
@@ -932,8 +1639,9 @@ def test_the_examples_for_readers_run():
 def test_help_and_a_real_process():
     root = Path(__file__).parent
     shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=root, capture_output=True, text=True)
-    flags = ("--pe", "--pool", "--mpvg", "--method", "--model", "--data", "--data-dir", "--epochs", "--batch-size",
-             "--lr", "--weight-decay", "--seed", "--device", "--name", "--runs", "--overwrite")
-    assert shown.returncode == 0 and all(f"{flag} " in shown.stdout for flag in flags)
+    flags = ["--" + name.replace("_", "-") for name in inspect.signature(train.train).parameters if name != "ctx"]
+    assert shown.returncode == 0 and all(f"{flag} " in shown.stdout for flag in flags) and len(flags) > 40
+    for recipe in train.RECIPES.values():
+        assert all(str(value) in shown.stdout for value in recipe.values())
     wrong = subprocess.run([sys.executable, "train.py", "--data", "imagenet"], cwd=root, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr

@@ -139,53 +139,33 @@ def load_data(name, root, fraction=1.0, seed=0):
 # -------------------------------------------------------------------------------------------------------- augmentation
 # Pillow's arithmetic for batches of uint8 images (B, 3, H, W), every image with parameters of its own, tensors (B,).
 
-def affine(x, matrix, bicubic, fill):
-    """The output's pixel (u, v) is the input's at matrix @ (u, v, 1), or `fill` (3,) outside; matrix (B, 2, 3)."""
-    height, width = x.shape[2:]
-    v, u = torch.meshgrid(*(torch.arange(n, device=x.device) + 0.5 for n in (height, width)), indexing="ij")
-    places = torch.stack([u, v, torch.ones_like(u)], dim=-1) @ matrix[:, None].mT        # (B, H, W, 2)
-    sides = torch.tensor([width, height], device=x.device)
+def sample(x, grid, bicubic):
+    """x at grid (B, H, W, 2), places (u, v) from -1 to 1, by bicubic or linear interpolation; the border goes on."""
     y = torch.empty(x.shape, device=x.device)
     for rows, mode in ((bicubic, "bicubic"), (~bicubic, "bilinear")):
-        y[rows] = F.grid_sample(x[rows].float(), places[rows] * 2 / sides - 1, mode, "border", align_corners=False)
-    inside = ((places >= 0) & (places < sides)).all(-1)[:, None]
-    return torch.where(inside, y.clamp(0, 255), fill.view(3, 1, 1)).to(torch.uint8)
+        y[rows] = F.grid_sample(x[rows].float(), grid[rows], mode, "border", align_corners=False)
+    return y.clamp(0, 255)
 
 
-def matrices(x, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
-    columns = [torch.as_tensor(t, device=x.device).expand(len(x)) for t in (a, b, c, d, e, f)]
-    return torch.stack(columns, dim=1).view(-1, 2, 3)
+def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
+    """The output at (u, v), from -1 to 1, is the input at (a u + b v + c, d u + e v + f), or `fill` (3,) outside."""
+    matrix = torch.stack([torch.as_tensor(t, device=x.device).expand(len(x)) for t in (a, b, c, d, e, f)], dim=1)
+    grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
+    inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
+    return torch.where(inside, sample(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
 
 
-def rotation(x, degrees):
-    """About the middle, counter-clockwise."""
-    cos, sin, v, u = degrees.deg2rad().cos(), degrees.deg2rad().sin(), x.shape[2] / 2, x.shape[3] / 2
-    return matrices(x, cos, -sin, u - cos * u + sin * v, sin, cos, v - sin * u - cos * v)
-
-
-def resize_weights(start, size, out, full, bicubic):
-    """-> (B, out, full): how the pixels start .. start + size of a line of `full` pixels make `out` pixels."""
-    start, size, bicubic = (t.view(-1, 1, 1) for t in (start, size, bicubic))
-    scale = size / out
-    stretch = scale.clamp(min=1)                                     # a smaller picture averages over more pixels
-    centre = (torch.arange(out, device=start.device)[:, None] + 0.5) * scale
-    taps = torch.arange(math.ceil(4 * stretch.max().item()) + 1, device=start.device)
-    pixel = (centre - 2 * stretch).floor() + taps                    # (B, out, taps), counted from start
-    d = ((pixel + 0.5 - centre) / stretch).abs()
-    cubic = torch.where(d < 1, (1.5 * d - 2.5) * d * d + 1, (((2.5 - 0.5 * d) * d - 4) * d + 2) * (d < 2))
-    weights = torch.where(bicubic, cubic, (1 - d).clamp(min=0)) * ((pixel >= 0) & (pixel < size))
-    places = (pixel + start).long().clamp(0, full - 1)
-    return torch.zeros(*places.shape[:2], full, device=start.device).scatter_add_(
-        2, places, weights / weights.sum(2, keepdim=True))
-
-
-def resized_crop(x, box, bicubic, flip, size):
-    """The boxes (B, 4), top, left, height and width, as pictures of size (h, w), mirrored where `flip`."""
-    rows = resize_weights(box[:, 0], box[:, 2], size[0], x.shape[2], bicubic)
-    columns = resize_weights(box[:, 1], box[:, 3], size[1], x.shape[3], bicubic)
-    columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    y = torch.einsum("bchw,bvw->bchv", x.float(), columns).round().clamp(0, 255)
-    return torch.einsum("buh,bchv->bcuv", rows, y).round().clamp(0, 255).to(torch.uint8)
+def resized_crop(x, box, bicubic, flip):
+    """The boxes (B, 4), top, left, height and width in pixels, enlarged to the whole image, mirrored where `flip`."""
+    lines = []
+    for axis, n in enumerate(x.shape[2:]):
+        start, size = box[:, axis, None], box[:, axis + 2, None]
+        place = (torch.arange(n, device=x.device) + 0.5) / n * size
+        place = start + place.clamp(min=0.5).minimum(size - 0.5)     # nothing outside the box is mixed in
+        lines.append(place * 2 / n - 1)
+    v, u = lines[0], torch.where(flip[:, None], lines[1].flip(1), lines[1])
+    grid = torch.stack(torch.broadcast_tensors(u[:, None], v[..., None]), dim=-1)        # (B, H, W, 2)
+    return sample(x, grid, bicubic).round().to(torch.uint8)
 
 
 def blend(base, x, m, s):
@@ -194,12 +174,12 @@ def blend(base, x, m, s):
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
 
 
-# RandAugment `rand-m9-mstd0.5-inc1` of timm: images x, magnitude m from 0 to 10 and sign s (B,), and how to warp.
+# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x, magnitude m from 0 to 10, sign s (B,), and how to warp.
 OPERATIONS = {
     "AutoContrast": lambda x, m, s, warp: v2.autocontrast(x),
     "Equalize": lambda x, m, s, warp: v2.equalize(x),
     "Invert": lambda x, m, s, warp: 255 - x,
-    "Rotate": lambda x, m, s, warp: warp(x, rotation(x, 3 * m * s)),
+    "Rotate": lambda x, m, s, warp: warp(x, a=(t := (3 * m * s).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
     "Posterize": lambda x, m, s, warp: x & (-1 << (4 + (0.4 * m).int())).view(-1, 1, 1, 1).to(torch.uint8),
     "Solarize": lambda x, m, s, warp: torch.where(x < 256 - (25.6 * m).int().view(-1, 1, 1, 1), x, 255 - x),
     "SolarizeAdd": lambda x, m, s, warp: torch.where(
@@ -208,10 +188,10 @@ OPERATIONS = {
     "Contrast": lambda x, m, s, warp: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m, s),
     "Brightness": lambda x, m, s, warp: blend(torch.zeros_like(x), x, m, s),
     "Sharpness": lambda x, m, s, warp: blend(v2.adjust_sharpness(x, 0.0), x, m, s),
-    "ShearX": lambda x, m, s, warp: warp(x, matrices(x, b=0.03 * m * s)),
-    "ShearY": lambda x, m, s, warp: warp(x, matrices(x, d=0.03 * m * s)),
-    "TranslateX": lambda x, m, s, warp: warp(x, matrices(x, c=0.045 * m * s * x.shape[3])),
-    "TranslateY": lambda x, m, s, warp: warp(x, matrices(x, f=0.045 * m * s * x.shape[2])),
+    "ShearX": lambda x, m, s, warp: warp(x, b=0.03 * m * s, c=0.03 * m * s),
+    "ShearY": lambda x, m, s, warp: warp(x, d=0.03 * m * s, f=0.03 * m * s),
+    "TranslateX": lambda x, m, s, warp: warp(x, c=0.09 * m * s),
+    "TranslateY": lambda x, m, s, warp: warp(x, f=0.09 * m * s),
 }
 
 
@@ -266,31 +246,36 @@ def draw_mixing(steps, height, width, recipe):
 def augment(x, draws, recipe, fill):
     """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
     if recipe["crop_scale"] < 1 or recipe["flip"] > 0:
-        x = resized_crop(x, draws["crop"], draws["crop_bicubic"], draws["flip"], x.shape[2:])
+        x = resized_crop(x, draws["crop"], draws["crop_bicubic"], draws["flip"])
     for operation, m, s, bicubic in zip(*(draws[key].T for key in ("operation", "magnitude", "sign", "bicubic"))):
         for number, apply in enumerate(OPERATIONS.values()):
             rows = (operation == number).nonzero()[:, 0]
             if len(rows):
-                x[rows] = apply(x[rows], m[rows], s[rows], partial(affine, bicubic=bicubic[rows], fill=fill))
+                x[rows] = apply(x[rows], m[rows], s[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
     return x
 
 
-def prepare(x, y, draws, keep, recipe, pixels, classes, seed):
+def normalise(x, data):
+    """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and deviation."""
+    return v2.normalize(x / 255, *PIXELS[data])
+
+
+def prepare(x, y, draws, keep, recipe, classes, seed):
     """Makes the batches of several steps at once, so that augmentation costs little beside them.
 
     x: uint8 (S, B, 3, H, W); y: labels (S, B); draws: draw_images of the S * B; keep: draw_mixing of the S, or None.
     -> normalised images, and labels, or with mixing each label's share (S, B, classes). An image's partner is the one
     at its place in the flipped batch; erasing, by noise, comes last.
     """
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in pixels)
     draws, shape = {name: value.to(x.device) for name, value in draws.items()}, x.shape
-    x = augment(x.flatten(0, 1), draws, recipe, (255 * mean).round()).view(shape)
+    fill = (255 * torch.tensor(PIXELS[recipe["data"]][0], device=x.device)).round()
+    x = augment(x.flatten(0, 1), draws, recipe, fill).view(shape)
     if keep is not None:
         keep = keep.to(x.device)[:, None, None]                      # (S, 1, 1, H, W)
-        x = (keep * x + (1 - keep) * x.flip(1)).round()
+        x = torch.lerp(x.flip(1).float(), x.float(), keep).round()
         share, y = keep.mean((2, 3, 4))[..., None], F.one_hot(y, classes).float()
         y = share * y + (1 - share) * y.flip(1)
-    x = ((x / 255 - mean) / std).flatten(0, 1)
+    x = normalise(x, recipe["data"]).flatten(0, 1)
     rows = (draws["erase"][:, 2] > 0).nonzero()[:, 0]
     noise = torch.randn(len(rows), *shape[2:], generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
     x[rows] = torch.where(box_mask(draws["erase"][rows], *shape[3:])[:, None], noise, x[rows])
@@ -338,15 +323,14 @@ def step_functions(model, config, device):
 
 
 @torch.no_grad()
-def evaluate(predict, images, labels, pixels, device, batch_size=500, stopped=()):
+def evaluate(predict, images, labels, data, device, batch_size=500, stopped=()):
     """-> (accuracy in percent, mean cross entropy) over all images, or None once something is in `stopped`."""
     batch_size, hits, loss = min(batch_size, len(images)), 0, 0
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in pixels)
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
         if stopped:
             return None
         x, y = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x))).to(device), y.to(device)  # constant shapes
-        logits = predict((x / 255 - mean) / std)[:len(y)]
+        logits = predict(normalise(x, data))[:len(y)]
         hits, loss = hits + (logits.argmax(1) == y).sum(), loss + F.cross_entropy(logits, y, reduction="sum")
     return 100 * hits.item() / len(labels), loss.item() / len(labels)
 
@@ -361,6 +345,7 @@ def save(path, contents):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                         # torch.save turns a full disk into the latter
+        temporary.unlink(missing_ok=True)
         fail(f"{path} cannot be written ({error}): free the disk or choose another --runs; what was there is whole")
 
 
@@ -385,14 +370,13 @@ def stop_signals():
 def train_run(config, model, split, folder, device, saved=None):
     """Trains, and writes the folder at the end of every epoch; `saved`: the checkpoint of last.pt to go on from."""
     images, labels = split["train"]
-    epochs, size, pixels = config["epochs"], config["batch_size"], PIXELS[config["data"]]
+    epochs, size, cuda = config["epochs"], config["batch_size"], device.type == "cuda"
     steps = len(images) // size                                      # an epoch's; the last, smaller batch is left out
     optimizer = torch.optim.AdamW(parameter_groups(model, config["weight_decay"], config["decay_pe"]), fused=True)
-    schedule = {name: config[name] for name in inspect.signature(lr_at).parameters if name != "epoch"}
+    schedule = {key: config[key] for key in ("epochs", "warmup_epochs", "cooldown_epochs", "lr", "min_lr", "warmup_lr")}
     loss_of, predict = step_functions(model, config, device)
     losses = torch.zeros(steps, device=device)
     log, best, epoch, done, seconds = [], dict(epoch=0, test_accuracy=-1.0), 0, 0, 0.0  # done: steps of this epoch
-    cuda = device.type == "cuda"
     if saved:
         load_weights(model, saved)
         optimizer.load_state_dict(saved["optimizer"])
@@ -412,12 +396,14 @@ def train_run(config, model, split, folder, device, saved=None):
 
     def write():
         check()
-        contents = dict(model=model.state_dict(), config=config, best=best)
+        contents = dict(model=model.state_dict(), config=config, epoch=epoch, best=best, log=log)
         save(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        if best["epoch"] == epoch and done == 0:
-            save(folder / "best.pt", dict(contents, epoch=epoch))
+        if not log:                                                  # what an overwritten run may have left
+            (folder / "best.pt").unlink(missing_ok=True)
+        elif best["epoch"] == epoch and done == 0:
+            save(folder / "best.pt", contents)
         save(folder / "last.pt", dict(
-            contents, epoch=epoch, step=done, optimizer=optimizer.state_dict(), losses=losses[:done].cpu(), log=log,
+            contents, step=done, optimizer=optimizer.state_dict(), losses=losses[:done].cpu(),
             seconds=time.perf_counter() - start, rng=torch.get_rng_state(),
             device_rng=torch.cuda.get_rng_state(device) if cuda else None))
         save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
@@ -428,20 +414,20 @@ def train_run(config, model, split, folder, device, saved=None):
     with bar, stop_signals() as stopped:
         while epoch < epochs:
             epoch_start, epoch_done, shown = time.perf_counter(), done, 0
-            seed = config["seed"] * 100_003 + epoch
             with torch.random.fork_rng(devices=[]):                  # all that is random about the epoch's images
-                torch.manual_seed(seed)
+                torch.manual_seed(config["seed"] * 100_003 + epoch)
                 order = torch.randperm(len(images))[:steps * size].view(steps, size)
                 draws = draw_images(steps * size, *images.shape[2:], config)
                 mixing = config["mixup"] or config["cutmix"]
                 keep = draw_mixing(steps, *images.shape[2:], config) if mixing else None
+                noise = torch.randint(2**62, (steps,)).tolist()
             chunk = steps if cuda else max(1, 4096 // size)          # steps whose batches are made at once
             while done < steps and not stopped:
                 first = done // chunk * chunk
                 part, rows = slice(first, first + chunk), slice(first * size, (first + chunk) * size)
                 chosen = order[part].to(images.device)
                 x, y = prepare(images[chosen], labels[chosen], {name: value[rows] for name, value in draws.items()},
-                               keep[part] if mixing else None, config, pixels, model.head.out_features, seed + first)
+                               keep[part] if mixing else None, config, model.head.out_features, noise[first])
                 for i in range(done - first, len(x)):
                     lr = lr_at(epoch if config["lr_per"] == "epoch" else epoch + done / steps, **schedule)
                     for group in optimizer.param_groups:
@@ -464,7 +450,7 @@ def train_run(config, model, split, folder, device, saved=None):
             check()
             speed = (done - epoch_done) * size / (time.perf_counter() - epoch_start)
             model.eval()
-            result = evaluate(predict, *split["test"], pixels, device, stopped=stopped)
+            result = evaluate(predict, *split["test"], config["data"], device, stopped=stopped)
             model.train()
             if result is None:
                 write()
@@ -541,12 +527,15 @@ def configure(flags):
             recipe[key] = type(recipe[key])(min(recipe[key], recipe["epochs"] / 10))
     if recipe["warmup_epochs"] + recipe["cooldown_epochs"] >= recipe["epochs"]:
         fail("--warmup-epochs and --cooldown-epochs leave nothing of --epochs {epochs}: lower them".format(**recipe))
+    if flags["resume"] and flags["overwrite"]:
+        fail("--resume goes on with a run and --overwrite replaces it: give one")
     if flags["freeze"] and not flags["init"]:
         fail("--freeze trains the head alone: --init says which weights it keeps")
     config = dict(data=data, method=method, overrides=overrides, seed=flags["seed"], **recipe)
     config |= {key: flags[key] for key in ("drop_path", "attn_drop", "fraction", "freeze")}
-    config |= dict(init=str(flags["init"]) if flags["init"] else None, compile=flags["compile"] or ("on" if cuda else "off"),
-                   precision=flags["precision"] or ("bf16" if cuda else "fp32"))
+    config |= dict(init=str(flags["init"]) if flags["init"] else None,
+                   precision=flags["precision"] or ("bf16" if cuda else "fp32"),
+                   compile=flags["compile"] or ("on" if cuda else "off"))
     for key, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"--{key.replace('_', '-')} must be a finite number")
@@ -577,11 +566,14 @@ def build(config, **changes):
 
 def environment(device):
     """Where a run runs: plain values, which --resume may change."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True)
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+    except OSError:                                                  # no git here
+        git = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return dict(device=str(device), device_name=name, threads=torch.get_num_threads(), torch=str(torch.__version__),
-                torchvision=torchvision.__version__, python=platform.python_version(), git=git.stdout.strip() or None)
+                torchvision=torchvision.__version__, python=platform.python_version(), git=git)
 
 
 def given_flags(ctx):
@@ -589,10 +581,14 @@ def given_flags(ctx):
 
 
 def read(path):
+    """-> what train_run has saved there, plain types and tensors."""
     try:
-        return read_checkpoint(path)
+        saved = read_checkpoint(path)
     except (OSError, ValueError) as error:
         fail(error)
+    if not isinstance(saved, dict) or not {"model", "config", "log"} <= saved.keys():
+        fail(f"{path} is no checkpoint of this train.py; weights alone load with --init, or mpvg.load_weights")
+    return saved
 
 
 @app.callback(invoke_without_command=True)
@@ -665,8 +661,8 @@ def train(
                + f", device {device}")
     torch.manual_seed(seed)
     vit = build(config)
-    sides = {key: value for key, value in METHODS[config["method"]].items() if key not in config["overrides"]}
-    typer.echo(f"method    {label(config)}: " + ", ".join(f"{k}={v}" for k, v in (sides | config["overrides"]).items()))
+    toggles = METHODS[config["method"]] | config["overrides"]
+    typer.echo(f"method    {label(config)}: " + ", ".join(f"{key}={value}" for key, value in toggles.items()))
     if vit.image_shape != (3, 32, 32):
         fail(f"{config['model']} takes images {vit.image_shape}, {config['data']} has (3, 32, 32): use vit-lite or "
              "vit-nano")
@@ -703,9 +699,9 @@ def train(
         save(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     decayed, free = ([p.numel() for p in group["params"]] for group in parameter_groups(vit, 0, config["decay_pe"]))
-    frozen = sum(p.numel() for p in vit.parameters()) - sum(decayed + free)
-    typer.echo(f"model     {config['model']}: decayed {sum(decayed):,} parameters in {len(decayed)} tensors, not decayed "
-               f"{sum(free):,} in {len(free)}, frozen {frozen:,}\n"
+    frozen = [p.numel() for p in vit.parameters() if not p.requires_grad]
+    typer.echo(f"model     {config['model']}, parameters (tensors): {sum(decayed):,} ({len(decayed)}) decayed, "
+               f"{sum(free):,} ({len(free)}) not, {sum(frozen):,} ({len(frozen)}) frozen\n"
                f"images    {count:,} to train, {len(split['test'][0]):,} to test\nrun       {folder}"
                + (f", on from step {saved['step']} of epoch {saved['epoch'] + 1}" if saved else ""))
     log, best = train_run(config, vit, split, folder, device, saved)
@@ -850,8 +846,6 @@ def load_run(path, device, **changes):
     """-> the model a run has trained, and its checkpoint; path: the run's folder, or one of its checkpoints."""
     path = path / "last.pt" if path.is_dir() else path
     saved = read(path)
-    if not isinstance(saved, dict) or "config" not in saved:
-        fail(f"{path} is no checkpoint of train.py: weights alone load with mpvg.load_weights")
     try:
         return load_weights(build(saved["config"], **changes), saved).to(device).eval(), saved
     except ValueError as error:
@@ -873,7 +867,7 @@ def evaluate_run(
     predict = step_functions(model, config | dict(compile="off"), device)[1]
     resize = partial(F.interpolate, size=model.image_shape[1:], mode="bicubic", antialias=True)
     test = load_data(config["data"], data_dir)["test"]
-    accuracy, loss = evaluate(lambda x: predict(resize(x) if image_size else x), *test, PIXELS[config["data"]], device)
+    accuracy, loss = evaluate(lambda x: predict(resize(x) if image_size else x), *test, config["data"], device)
     typer.echo(f"{label(config)}, {config['model']}, {config['data']}, seed {config['seed']}, epoch {saved['epoch']}: "
                f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, {len(test[0]):,} images")
 
@@ -905,9 +899,9 @@ def measure(model, batches):
     pe = [None if e is None else e.expand(1, *tokens.shape[1:])[0].cpu() for e in (*per_block, last)]
     correlation = [None if e is None else torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item()
                    for t, e in zip(tokens, pe)]
-    beta = model.norm.bias.cpu()
+    beta, gamma = model.norm.bias.detach().cpu(), model.norm.weight.detach().cpu()
     return dict(tokens=[*tokens], pe=pe, correlation=correlation, cosine=torch.cat(cosines).mean().item(), beta=beta,
-                gamma=model.norm.weight.cpu(), offset=beta if last is None else beta + pe[-1].mean(0))
+                gamma=gamma, offset=beta if last is None else beta + pe[-1].mean(0))
 
 
 def draw(out, runs):
@@ -915,31 +909,32 @@ def draw(out, runs):
     from matplotlib.figure import Figure
     kinds = [*dict.fromkeys(label(config) for config, _, _ in runs.values())]
 
-    def entry(key):
+    def curve(key):
         return lambda log, found: ([line["epoch"] for line in log], [line[key] for line in log])
 
-    def ranked(key):
-        return lambda log, found: (range(len(found[key])), found[key].sort().values)
+    def sort(key):
+        return lambda log, found: (range(len(found[key])), found[key].sort().values.tolist())
 
-    def correlation(log, found):
-        return [*zip(*((i, value) for i, value in enumerate(found["correlation"]) if value is not None))]
-
-    for file, panels in {                                            # title, x, y, points: a line a run, a colour a method
-        "curves.png": [("training loss", "epoch", "cross entropy", entry("loss")),
-                       ("test accuracy", "epoch", "%", entry("test_accuracy"))],
-        "correlation.png": [("LN(x) and the PE that joins it", "block; the last point: last norm", "correlation", correlation)],
-        "last_norm.png": [(title, "dimension, sorted", "", ranked(key)) for key, title in (
-            ("beta", "last norm: beta"), ("gamma", "last norm: gamma"), ("offset", "effective offset"))],
+    for file, panels in {                                            # a panel: title, x, y, points of a run's line
+        "curves.png": [("training loss", "epoch", "cross entropy", curve("loss")),
+                       ("test accuracy", "epoch", "%", curve("test_accuracy"))],
+        "correlation.png": [("LN(x) and the PE that joins it", "block; after them the last norm", "correlation",
+                             lambda _, found: [*zip(*enumerate(c or math.nan for c in found["correlation"]))])],
+        "last_norm.png": [("beta of the last norm", "dimension, sorted", "", sort("beta")),
+                          ("its gamma", "dimension, sorted", "", sort("gamma")),
+                          ("its effective offset", "dimension, sorted", "", sort("offset"))],
     }.items():
-        figure = Figure(figsize=(4.5 * len(panels) + 1, 4), layout="constrained")
+        figure, drawn = Figure(figsize=(4 * len(panels) + 2, 3.6), layout="constrained"), {}
         for ax, (title, across, up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for config, log, found in runs.values():
-                new = label(config) not in ax.get_legend_handles_labels()[1]
-                ax.plot(*points(log, found) or ([], []), ".-", ms=3, lw=1, color=f"C{kinds.index(label(config))}",
-                        label=label(config) if new else None)
+                x, y = points(log, found)
+                if not all(map(math.isnan, y)):
+                    style = dict(marker=".", ms=4, lw=1, color=f"C{kinds.index(label(config))}")
+                    drawn[label(config)], = ax.plot(x, y, **style)
             ax.set(title=title, xlabel=across, ylabel=up)
+            ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(alpha=0.3)
-        ax.legend()
+        figure.legend(drawn.values(), drawn, loc="outside right upper")
         figure.savefig(out / file, dpi=100)
     for name, (_, _, found) in runs.items():                         # Figures 2 and 8: (N, D), each in its own scale
         figure = Figure(figsize=(1.6 * len(found["pe"]), 4.4), layout="constrained")
@@ -953,7 +948,7 @@ def draw(out, runs):
                     ax.text(0.5, 0.5, "none", ha="center", va="center")
                 else:
                     top = values.abs().quantile(0.99).item()
-                    ax.imshow(values, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-top, vmax=top)
+                    ax.imshow(values.numpy(), "RdBu_r", aspect="auto", interpolation="nearest", vmin=-top, vmax=top)
         figure.savefig(out / f"layers-{name}.png", dpi=100)
 
 
@@ -972,28 +967,29 @@ def report(
     device, runs, tests = usable_device(device), {}, {}
     for path in run:
         model, saved = load_run(path, device)
-        data, name = saved["config"]["data"], path.resolve().name if path.is_dir() else f"{path.resolve().parent.name}-{path.stem}"
+        data, whole = saved["config"]["data"], path.resolve()
+        name = whole.name if path.is_dir() else f"{whole.parent.name}-{whole.stem}"
         if name in runs:
             fail(f"two runs are called {name}: report them apart")
         if data not in tests:
             tests[data] = load_data(data, data_dir)["test"][0][:images]
-        middle, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in PIXELS[data])
-        found = measure(model, ((x.to(device) / 255 - middle) / scale for x in tests[data].split(100)))
-        runs[name] = saved["config"], saved.get("log", []), found
+        found = measure(model, (normalise(x.to(device), data) for x in tests[data].split(100)))
+        runs[name] = saved["config"], saved["log"], found
     vectors = "beta", "gamma", "offset"
-    numbers = {name: {key: found[key] for key in ("correlation", "cosine")}
+    summary = {name: {key: found[key] for key in ("correlation", "cosine")}
                | {f"{key}_variance": found[key].var().item() for key in vectors}
                | {key: found[key].tolist() for key in vectors} for name, (_, _, found) in runs.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {out} ({error}): choose another --out")
-    save(out / "report.json", json.dumps(numbers) + "\n")
-    typer.echo("correlation with the PE in blocks 0, 1, ... and at the last norm; there: variance of beta, of the effective "
-               "offset; cosine\nof the mean token before and after\n")
-    for name, line in numbers.items():
+    save(out / "report.json", json.dumps(summary) + "\n")
+    typer.echo("correlation with the PE in blocks 0, 1, ... and at the last norm; there, variance of beta and of the\n"
+               "effective offset, and cosine of the mean token before and after\n")
+    for name, line in summary.items():
         shown = " ".join("    -" if value is None else f"{value:+.2f}" for value in line["correlation"])
-        typer.echo(f"{name:<36} {shown}   {line['beta_variance']:.5f} {line['offset_variance']:.5f}   {line['cosine']:.3f}")
+        typer.echo(f"{name:<36} {shown}   "
+                   "{beta_variance:.5f} {offset_variance:.5f}   {cosine:.3f}".format(**line))
     try:
         draw(out, runs)
     except ImportError as error:
