@@ -740,13 +740,13 @@ def results(runs, order):
 
     order: labels in the order of the rows; differences are to the first row that is there.
     """
-    settings = {}
+    settings, text = {}, ""
     for config, log in runs:
-        setting = {k: v for k, v in config.items() if k not in ("method", "overrides", "seed", "environment")}
-        rows = settings.setdefault(json.dumps(setting), {})
+        setting = config.keys() - {"method", "overrides", "seed", "environment"}
+        rows = settings.setdefault(frozenset(f"{key} {config[key]}" for key in setting), {})
         rows.setdefault(label(config), {})[config["seed"]] = config, log
-    text = ""
-    for rows in settings.values():
+    common = frozenset.intersection(*settings)
+    for setting, rows in settings.items():
         rows = dict(sorted(rows.items(), key=lambda row: ([*order, row[0]].index(row[0]), row[0])))
         base = next(iter(rows))
         lines = [["method", "n", "last epoch %", f"minus {base}", "best epoch %", "seconds", "parameters", "paper %"]]
@@ -765,7 +765,8 @@ def results(runs, order):
                 f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
                 f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{count:,}", f"{paper:.2f}" if paper else ""])
         widths = [max(map(len, column)) for column in zip(*lines)]
-        text += "{model}, {data}, {epochs} epochs\n\n".format(**config)
+        title = ["{model}, {data}, {epochs} epochs".format(**config), *sorted(setting - common)]
+        text += ", ".join(title) + "\n\n"
         text += "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines) + "\n"
     return text + ("Test accuracy: mean +- standard deviation over n seeds. Difference: of pairs with the same seed, "
                    "+- half\nthe 95 % confidence interval. Best epoch: chosen by test accuracy. Seconds: of a run.\n")
