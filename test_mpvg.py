@@ -741,10 +741,15 @@ def test_what_is_drawn_for_images():
     whole = (height == 32) & (width == 32)
     area, ratio = (height * width / 1024)[~whole], (height / width)[~whole].log()
     assert 0.77 < area.min() and 0.7 < ratio.exp().min() and ratio.exp().max() < 1.43 and abs(ratio.mean()) < 0.01
+    assert ratio.exp().max() > 1.25
+    loose = (height < 30) & (width < 30)
+    corners = torch.stack([top / (32 - height), left / (32 - width)])[:, loose]
+    assert abs(torch.corrcoef(corners)[0, 1]) < 0.05                            # each drawn by itself
     assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
     assert (top + height == 32).any() and (left + width == 32).any() and 0.005 < whole.float().mean() < 0.1
     for name in ("flip", "crop_bicubic", "bicubic"):
         assert draws[name].float().mean() == pytest.approx(0.5, abs=0.02), name
+        assert (draws[name][1:] == draws[name][:-1]).float().mean() == pytest.approx(0.5, abs=0.02), name
     assert draws["operation"].shape == (40_000, 2)
     for column in draws["operation"].T:
         assert (column == -1).float().mean() == pytest.approx(0.5, abs=0.01)
@@ -755,7 +760,7 @@ def test_what_is_drawn_for_images():
     unclipped = draws["magnitude"][draws["magnitude"] < 10]
     assert draws["magnitude"].mean() == pytest.approx(9, abs=0.02) and unclipped.std() == pytest.approx(0.49, abs=0.02)
     assert draws["magnitude"].max() == 10 and draws["sign"].unique().tolist() == [-1, 1]
-    assert draws["sign"].mean() == pytest.approx(0, abs=0.02)
+    assert draws["sign"].mean(0).tolist() == pytest.approx([0, 0], abs=0.02)
     erased = draws["erase"][draws["erase"][:, 2] > 0]
     assert len(erased) / 40_000 == pytest.approx(0.25, abs=0.01)
     area, ratio = erased[:, 2] * erased[:, 3] / 1024, (erased[:, 2] / erased[:, 3]).log()
@@ -779,6 +784,8 @@ def test_what_is_drawn_for_mixing():
     for mask in keep[boxed][:50] == 0:                                          # one box, at most half outside
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert mask.sum() == len(rows) * len(columns) == mask[:, mask.any(0)][mask.any(1)].numel()
+    centre = (keep[boxed] == 0).float().mean(0)                                 # the middle is covered most
+    assert centre.flip(0).sub(centre).abs().max() < 0.1 and centre.flip(1).sub(centre).abs().max() < 0.1
     share = (keep[boxed] == 0).float().mean((1, 2))                             # clipped boxes: under 1 - lambda
     assert 0.2 < share.mean() < 0.45 and share.max() > 0.8
     boxes = train.draw_mixing(200, 32, 32, dict(RECIPE, mixup=0.0))
@@ -815,9 +822,38 @@ def test_prepare_mixes_then_erases():
     erased, _ = train.prepare(x.clone(), y, draws, keep, off, 20, 5)
     mask = train.box_mask(draws["erase"], 32, 32).view(2, 6, 1, 32, 32).expand_as(erased)
     assert torch.equal(erased[~mask], mixed[~mask]) and 0.05 < mask.float().mean() < 0.33
+    assert (erased[:, :, 0] != erased[:, :, 1])[mask[:, :, 0]].all()            # noise of its own in each channel
     assert erased[mask].mean() == pytest.approx(0, abs=0.05) and erased[mask].std() == pytest.approx(1, abs=0.05)
     again, _ = train.prepare(x.clone(), y, draws, keep, off, 20, 5)
     assert torch.equal(again, erased)
+
+
+def test_randaugment_applies_one_operation_after_the_other():
+    x, names = photos()[:15], [*train.OPERATIONS]
+    torch.manual_seed(3)
+    off = dict(RECIPE, crop_scale=1.0, flip=0.0)
+    draws = train.draw_images(15, 32, 32, off)
+    draws["operation"] = torch.stack([torch.arange(15), torch.arange(15).roll(4)], dim=1)
+    draws["operation"][3, 0] = draws["operation"][5, 1] = -1
+    fill = torch.tensor(FILL, dtype=torch.float)
+    mine = train.augment(x.clone(), draws, off, fill)
+    for i, image in enumerate(x[:, None]):
+        for layer, number in enumerate(draws["operation"][i].tolist()):
+            if number >= 0:
+                rows = (i, slice(layer, layer + 1))
+                warp = partial(train.warp, bicubic=draws["bicubic"][rows], fill=fill)
+                image = train.OPERATIONS[names[number]](image, draws["magnitude"][rows], draws["sign"][rows], warp)
+        assert torch.equal(mine[i], image[0]), i
+
+
+def test_empty_places_get_the_mean_colour():
+    off = dict(RECIPE, crop_scale=1.0, flip=0.0, ra_ops=1, erase=0.0)
+    draws = train.draw_images(4, 32, 32, off)
+    draws["operation"][:] = [*train.OPERATIONS].index("TranslateX")
+    draws["sign"][:] = 1
+    x = torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8)
+    y, _ = train.prepare(x, torch.zeros(1, 4).long(), draws, None, off, 9, 0)
+    assert y[..., -10:].abs().max() < 0.01 and y[..., :10].max() < -1           # 0 is the mean
 
 
 def test_augmentation_is_per_image_and_does_not_depend_on_the_chunk():
@@ -890,7 +926,7 @@ def test_numbers_are_balanced_and_repeatable():
 
 
 def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
-    result = command("--epochs", 3, "--pe", "layerwise", "--pool", "gap", "--mpvg", "--lr", 0.02)
+    result = command("--epochs", 3, "--pe", "layerwise", "--pool", "gap", "--mpvg", "--lr", 0.02, "--drop-path", 0.5)
     assert result.exit_code == 0, result.output
     first, *_, last = result.output.strip().splitlines()
     assert "numbers" in first and "cpu" in first
@@ -899,7 +935,7 @@ def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
     assert folder.name == "mpvg-vit-nano-numbers-seed0" and [line["epoch"] for line in log] == [1, 2, 3]
     assert config["method"] == "mpvg" and config["environment"]["torch"] == torch.__version__
     assert config["environment"]["device"] == "cpu" and {"git", "python", "torchvision"} <= config["environment"].keys()
-    assert f"test accuracy {log[-1]['test_accuracy']:.2f} % after the last of 3 epochs (best: " in last
+    assert last.startswith(f"test accuracy {log[-1]['test_accuracy']:.2f} % after the last of 3 epochs (best: ")
     saved = checkpoint(folder)
     assert saved["config"] == config and saved["epoch"] == 3 and saved["log"] == log
     best = max(log, key=lambda line: line["test_accuracy"])                     # the first of equals
@@ -1110,6 +1146,8 @@ def test_compile_and_precision_reach_the_step(monkeypatch):
     for word, mode in (("on", None), ("graphs", "reduce-overhead")):
         train.step_functions(model, dict(config, compile=word), cpu)
         assert asked[-2:] == [dict(fullgraph=True, dynamic=False, mode=mode), dict(fullgraph=True, dynamic=False)]
+        assert torch._inductor.config.triton.cudagraph_or_error == (word == "graphs")
+    torch._inductor.config.triton.cudagraph_or_error = False
     half = train.step_functions(model, dict(config, precision="bf16"), cpu)
     assert half[1](x).dtype == torch.float32 and not torch.equal(half[1](x), predict(x))
     torch.testing.assert_close(half[0](x, y), expected, rtol=2e-2, atol=2e-2)
@@ -1117,8 +1155,7 @@ def test_compile_and_precision_reach_the_step(monkeypatch):
 
 def test_run_flags_reach_the_run(command, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "train_run", lambda *run: seen.append(run) or 1 / 0)
-    for flags, expected in (([], ("fp32", "off")),
-                            (["--precision", "bf16", "--compile", "graphs"], ("bf16", "graphs"))):
+    for flags, expected in (([], ("fp32", "off")), (["--precision", "bf16", "--compile", "on"], ("bf16", "on"))):
         seen = []
         assert isinstance(command(*flags, "--overwrite").exception, ZeroDivisionError)
         config, _, _, folder, device, _ = seen[0]
@@ -1130,7 +1167,8 @@ def test_compiled_training_is_the_same(command, tmp_path, monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: real(f, backend="aot_eager", **how))
     for word in ("off", "on"):
-        assert command("--epochs", 2, "--compile", word, "--name", word).exit_code == 0
+        result = command("--epochs", 2, "--compile", word, "--name", word, "--drop-path", 0.2)
+        assert result.exit_code == 0 and ("compiled  in" in result.output) == (word == "on"), result.output
     off, on = (checkpoint(tmp_path / "runs" / word) for word in ("off", "on"))
     assert on["model"].keys() == off["model"].keys()                            # the plain module is what is saved
     for name, value in on["model"].items():
@@ -1150,7 +1188,7 @@ def test_compiled_training_is_the_same(command, tmp_path, monkeypatch):
     (["--model", "resnet"], "unknown model 'resnet': choose from vit-lite"),
     (["--model", "deit-tiny"], "use vit-lite or vit-nano"),
     (["--batch-size", "401"], "--batch-size 401 is more than the 200"),
-    (["--fraction", "0"], "more than the 0 training images"),
+    (["--fraction", "0"], "more than the 0 training images (--fraction 0)"),
     (["--warmup-epochs", "6"], "leave nothing of --epochs 6"),
     (["--cooldown-epochs", "6"], "leave nothing of --epochs 6"),
     (["--drop-path", "1"], "drop_path=1.0 must be"),
@@ -1166,11 +1204,12 @@ def test_compiled_training_is_the_same(command, tmp_path, monkeypatch):
     (["--lr", "inf"], "--lr must be a finite number"),
     (["--weight-decay", "inf"], "--weight-decay must be a finite number"),
     (["--resume", "--overwrite"], "give one"),
+    (["--compile", "graphs"], "--compile graphs needs CUDA"),
     (["--freeze"], "--init says which weights it keeps"),
-    (["--init", "nowhere.pt"], "nowhere.pt"),
+    (["--init", "nowhere.pt"], "--init nowhere.pt cannot be read (No such file"),
     (["--init", __file__], "cannot be loaded safely"),
     (["--runs", __file__], "choose another --runs"),
-    (["--lr", "1e30", "--batch-size", "20"], "lower --lr; nothing was saved yet"),
+    (["--lr", "1e30", "--batch-size", "20"], "--overwrite with a lower --lr (nothing was saved yet)"),
 ], ids=str)
 def test_a_users_mistake_gets_one_line(command, flags, says):
     one_line(command(*flags), says)
@@ -1235,7 +1274,8 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(command, tmp_pa
         ends.append(process.exitcode)
         if process.exitcode == 0:
             break
-        assert process.exitcode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[kind]
+        expected = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[kind]
+        assert process.exitcode == expected or not (tmp_path / "runs" / "killed").exists()  # before it began
         assert number < 60
     assert len(ends) > 2, ends
     equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
@@ -1258,8 +1298,17 @@ def test_a_signal_finishes_the_step_saves_and_says_so(command, tmp_path, monkeyp
     monkeypatch.setattr(train, "lr_at", real)
     result = command(*flags, "stopped", "--resume")
     assert result.exit_code == 0 and "on from step 10 of epoch 2" in result.output
+    assert log_of(tmp_path / "runs" / "stopped")[1]["seconds"] > saved["seconds"]
     assert command(*flags, "whole").exit_code == 0
     equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped")
+
+
+def test_of_equal_accuracies_the_first_is_the_best(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: (12.5, 1.0))
+    assert command("--epochs", 3).exit_code == 0
+    folder, _ = run_folder(tmp_path)
+    assert checkpoint(folder)["best"] == dict(epoch=1, test_accuracy=12.5)
+    assert checkpoint(folder, "best.pt")["epoch"] == 1
 
 
 def test_stopped_in_evaluation_it_goes_on(command, tmp_path, monkeypatch):
@@ -1285,19 +1334,26 @@ def test_resume_starts_finishes_and_refuses_other_flags(command, tmp_path):
     again = command("--epochs", 1, "--resume")
     accuracy = log_of(folder)[-1]["test_accuracy"]
     assert again.exit_code == 0 and f"is finished: test accuracy {accuracy:.2f} %" in again.output
+    whole = (folder / "log.jsonl").read_text()
+    (folder / "log.jsonl").unlink()                                             # as a kill between two files leaves it
+    (folder / "config.json").write_text("{}")
+    assert command("--epochs", 1, "--resume").exit_code == 0 and (folder / "log.jsonl").read_text() == whole
+    assert run_folder(tmp_path)[1] == checkpoint(folder)["config"]
     other = command("--epochs", 2, "--lr", 0.5, "--resume")
     one_line(other, "epochs was 1, is 2; lr was 0.002, is 0.5")
     assert (folder / "last.pt").read_bytes() == before
     one_line(command("--epochs", 1), "exists: --resume goes on with it, --overwrite replaces it")
+    (folder / "last.pt").write_bytes((folder / "best.pt").read_bytes())         # lacks what a run needs
+    one_line(command("--epochs", 1, "--resume"), "is no checkpoint of this train.py")
     (folder / "last.pt").write_bytes(before[:5000])
-    one_line(command("--epochs", 1, "--resume"), "cannot be loaded safely: it is damaged")
+    one_line(command("--epochs", 1, "--resume"), "is damaged, or no checkpoint: best.pt beside it may be whole")
 
 
 def test_what_was_saved_stays_until_there_is_something_new(command, tmp_path, monkeypatch):
     assert command("--epochs", 1).exit_code == 0
     folder, _ = run_folder(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    one_line(command("--epochs", 1, "--overwrite", "--lr", "1e30", "--batch-size", 20), "no longer finite at step")
+    one_line(command("--epochs", 1, "--overwrite", "--lr", "1e30", "--batch-size", 20), "not finite at step")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     def full(*_):
@@ -1322,7 +1378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, tmp_path, monkeypatch,
         steps.append(0)
         return math.nan if len(steps) == (6 if place == "loss" else 8) else real(*args, **kwargs)
     monkeypatch.setattr(train, "lr_at", planted)
-    one_line(command("--epochs", 3, "--batch-size", 50), f"no longer finite at step {step} of epoch 2: lower --lr; ")
+    one_line(command("--epochs", 3, "--batch-size", 50), f"not finite at step {step} of epoch 2: --overwrite")
     folder, _ = run_folder(tmp_path)
     assert checkpoint(folder)["epoch"] == 1 and len(log_of(folder)) == 1
     assert all(p.isfinite().all() for p in checkpoint(folder)["model"].values())
@@ -1384,8 +1440,8 @@ def test_counts_are_printed(command):
 def test_init_and_freeze(command, tmp_path):
     assert command("--epochs", 1, "--name", "first").exit_code == 0
     first = checkpoint(tmp_path / "runs" / "first")["model"]
-    result = command("--epochs", 1, "--lr", 0, "--init", tmp_path / "runs" / "first" / "last.pt", "--name", "same")
-    assert result.exit_code == 0, result.output
+    result = command("--epochs", 1, "--lr", 0, "--init", tmp_path / "runs" / "first", "--name", "same")
+    assert result.exit_code == 0 and "first/last.pt, its head, too" in result.output, result.output
     torch.testing.assert_close(checkpoint(tmp_path / "runs" / "same")["model"], first, rtol=0, atol=0)
     result = command("--epochs", 1, "--init", tmp_path / "runs" / "first" / "best.pt", "--freeze", "--name", "probe")
     assert result.exit_code == 0 and f"{sum(v.numel() for v in first.values()) - 12_900:,}" in result.output
@@ -1396,8 +1452,15 @@ def test_init_and_freeze(command, tmp_path):
     torch.save(ten, tmp_path / "ten.pt")                                        # other classes: a new head
     result = command("--epochs", 1, "--lr", 0, "--init", tmp_path / "ten.pt", "--name", "ten")
     assert result.exit_code == 0, result.output
+    assert "ten.pt, with a new head" in result.output
     moved = checkpoint(tmp_path / "runs" / "ten")["model"]
     assert moved["head.weight"].shape == (100, 128) and torch.equal(moved["pos_embed"], first["pos_embed"])
+    flags = ["--model", "vit-nano", "--epochs", 1, "--lr", 0, "--init", tmp_path / "runs" / "first"]
+    result = command(*flags, "--name", "other", data="cifar100")                # 100 classes as well, but others
+    assert result.exit_code == 0 and "with a new head" in result.output, result.output
+    moved = checkpoint(tmp_path / "runs" / "other")["model"]
+    assert not torch.equal(moved["head.weight"], first["head.weight"])
+    assert torch.equal(moved["pos_embed"], first["pos_embed"])
 
 
 def test_eval_measures_again(command, tmp_path, small):
@@ -1411,11 +1474,20 @@ def test_eval_measures_again(command, tmp_path, small):
         return result.output
     last = f"test accuracy {lines[-1]['test_accuracy']:.2f} %, loss {lines[-1]['test_loss']:.4f}, 40 images"
     assert all(last in evaluation(*flags) for flags in ([folder], [folder, "--fold"], [folder / "last.pt"]))
+    cut = dict(checkpoint(folder), epoch=2)
+    (tmp_path / "cut").mkdir()
+    torch.save(cut, tmp_path / "cut" / "last.pt")
+    assert "is of epoch 2 of 3: not finished" in evaluation(tmp_path / "cut")
     best = checkpoint(folder, "best.pt")["epoch"]
     assert f"epoch {best}: test accuracy {lines[best - 1]['test_accuracy']:.2f} %" in evaluation(folder / "best.pt")
-    assert last not in evaluation(folder, "--image-size", 48) and "40 images" in evaluation(folder, "--image-size", 48)
+    larger = load_weights(create("vit-nano", "mpvg", image_size=48), folder / "last.pt").eval()
+    x, y = make_numbers(40, 2)
+    x = F.interpolate(train.normalise(x, "numbers"), size=(48, 48), mode="bicubic", antialias=True)
+    expected = F.cross_entropy(larger(x), y).item()
+    assert f"loss {expected:.4f}, 40 images" in evaluation(folder, "--image-size", 48)
     torch.save(create("vit-nano", "mpvg").state_dict(), tmp_path / "bare.pt")
-    for flags, says in (([folder / "log.jsonl"], "cannot be loaded safely"), ([tmp_path / "nowhere"], "nowhere"),
+    for flags, says in (([folder / "log.jsonl"], "log.jsonl is damaged, or no checkpoint"),
+                        ([tmp_path / "nowhere"], "nowhere cannot be read (No such file"),
                         ([folder, "--image-size", 33], "not divisible by patch_size"), ([tmp_path], "last.pt"),
                         ([tmp_path / "bare.pt"], "is no checkpoint of this train.py")):
         one_line(CliRunner().invoke(train.app, ["eval", *map(str, flags)]), says)
@@ -1438,25 +1510,46 @@ def sweep(*flags):
 def commands(monkeypatch):
     """Collects what a sweep would start, and says of each that it went well."""
     class Fake:
-        returncode = 0
-        started = []
+        returncode, started, running, most, env = 0, [], 0, 0, None
 
-        def __init__(self, command, **_):
-            self.started.append(command[2:])
+        def __init__(self, command, env, **_):
+            Fake.started.append(command[2:])
+            Fake.running, Fake.env = Fake.running + 1, env
+            Fake.most, self.polls = max(Fake.most, Fake.running), 0
 
         def poll(self):
-            return 0
-    Fake.started = []
+            self.polls += 1
+            Fake.running -= self.polls == 4                             # it takes a while
+            return 0 if self.polls >= 4 else None
+
+        def terminate(self):
+            Fake.started.append("terminated")
     monkeypatch.setattr(subprocess, "Popen", Fake)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     return Fake.started
 
 
+def test_jobs_run_side_by_side_and_share_the_cores(commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for jobs, threads in ((1, None), (3, "4")):
+        subprocess.Popen.most = 0
+        sweep("--methods", "gap,mpvg", "--seeds", 2, "--jobs", jobs, "--data", "numbers", "--runs", tmp_path)
+        assert subprocess.Popen.most == jobs and subprocess.Popen.env.get("OMP_NUM_THREADS") == threads
+    assert (tmp_path / "gap-vit-nano-numbers-seed0.txt").exists()
+
+
+def test_a_sweep_passes_sigterm_on(commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    result = sweep("--methods", "gap,mpvg", "--seeds", 2, "--data", "numbers", "--runs", tmp_path)
+    assert result.exit_code == 143 and "stopped by SIGTERM: the same command goes on" in result.output
+    assert commands[1:] and {*map(str, commands[1:])} == {"terminated"}         # no other run was begun
+
+
 def test_sweep_plans_every_pair(commands, tmp_path):
     shared = ["--data", "numbers", "--lr", "0.01", "--runs", str(tmp_path / "runs")]
-    result = sweep("--methods", "lape,mpvg", "--seeds", 2, *shared)
-    assert result.exit_code == 0, result.output
-    assert commands == [[*shared, "--method", method, "--seed", seed, "--resume"]
+    one_line(sweep("--methods", "lape,mpvg", "--seeds", 2, *shared), "4 of 4 runs failed")  # none left a finished run
+    assert commands == [[*shared, f"--method={method}", "--seed", seed, "--resume"]
                         for method in ("lape", "mpvg") for seed in ("0", "1")]
 
 
@@ -1470,19 +1563,23 @@ def test_sweep_plans_every_pair(commands, tmp_path):
 ])
 def test_sets_are_the_papers(commands, monkeypatch, tmp_path, name, model, labels):
     seen = []
-    monkeypatch.setattr(train, "results", lambda runs, order: seen.append(order) or "")
-    monkeypatch.setattr(train, "finished_runs", lambda folders: [*folders])
+    monkeypatch.setattr(train, "results", lambda runs, order, base: seen.append(order) or base)
+    monkeypatch.setattr(train, "finished_runs", lambda folders: folders)
+    monkeypatch.setitem(MODELS, "deit-tiny", dict(MODELS["deit-tiny"], image_size=32))  # ImageNet comes later
     result = sweep("--set", name, "--seeds", 1, "--model", model, "--data", "cifar100", "--runs", tmp_path)
     assert result.exit_code == 0 and seen == [labels] and len(commands) == len(labels), result.output
+    assert (tmp_path / "sweep.md").read_text() == labels[0]
     if model != "vit-nano":
         paper = train.PAPER[model, "imagenet" if model == "deit-tiny" else "cifar100"]
         assert (model == "vit-lite") or {*labels} <= {*paper}
 
 
-def write_run(folder, accuracies, **config):
+def write_run(folder, accuracies, finished=True, **config):
     folder.mkdir(parents=True)
-    config = dict(dict(data="cifar100", model="vit-lite", epochs=len(accuracies), method="mpvg", overrides={}, seed=0,
-                       drop_path=None, attn_drop=None, lr=6e-4, environment={}), **config)
+    recipe = train.RECIPES[config.get("data", "cifar100")]
+    config = dict(dict(recipe, data="cifar100", method="mpvg", overrides={}, seed=0, drop_path=None, attn_drop=None,
+                       fraction=1.0, freeze=False, init=None, precision="fp32", environment={}), **config)
+    accuracies = [0.0] * (config["epochs"] - len(accuracies)) * finished + accuracies
     (folder / "config.json").write_text(json.dumps(config))
     log = [dict(epoch=i + 1, test_accuracy=a, loss=1.0, seconds=10.0 * (i + 1)) for i, a in enumerate(accuracies)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -1494,23 +1591,26 @@ def test_the_table_of_finished_runs(tmp_path):
         write_run(tmp_path / f"b{seed}", [1.0, second], seed=seed)
     write_run(tmp_path / "c", [1.0, 74.0], method="lape", seed=7)               # no pair: no difference
     write_run(tmp_path / "d", [50.0, 60.0], overrides={"layer0": True})
-    write_run(tmp_path / "e", [50.0], method="pvg", epochs=2)                   # not finished
+    write_run(tmp_path / "e", [50.0], finished=False, method="pvg", seed=1)
     write_run(tmp_path / "f", [10.0, 20.0], method="pvg", lr=0.1)               # another setting: another table
     (tmp_path / "other").mkdir()
+    (tmp_path / "sweep.md").write_text("what a sweep leaves")
     result = sweep("--from", tmp_path)
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines() if "|" in line]
     assert rows[0] == ["method", "n", "last epoch %", "minus default", "best epoch %", "seconds", "parameters",
                        "paper %"]
-    assert rows[2] == ["default", "3", "71.00 +- 1.00", "", "80.00", "20", "3,740,004", "74.90"]
-    assert rows[3] == ["lape", "1", "74.00", "", "74.00", "20", "3,743,588", "75.52"]
+    assert rows[2] == ["default", "3", "71.00 +- 1.00", "", "80.00", "3100", "3,740,004", "74.90"]
+    assert rows[3] == ["lape", "1", "74.00", "", "74.00", "3100", "3,743,588", "75.52"]
     half = 4.303 * np.std([3, 2.5, 3.5], ddof=1) / 3 ** 0.5
-    assert rows[4] == ["mpvg", "3", "74.00 +- 1.32", f"+3.00 +- {half:.2f}", "74.00", "20", "3,743,076", "76.87"]
-    assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00", "60.00", "20", "3,743,588", ""]
-    assert rows[8] == ["pvg", "1", "20.00", "", "20.00", "20", "3,742,564", "76.67"] and len(rows) == 9
+    assert rows[4] == ["mpvg", "3", "74.00 +- 1.32", f"+3.00 +- {half:.2f}", "74.00", "3100", "3,743,076", "76.87"]
+    assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00", "60.00", "3100", "3,743,588", ""]
+    assert rows[8] == ["pvg", "1", "20.00", "", "20.00", "3100", "3,742,564", ""] and len(rows) == 9
     assert max(map(len, result.output.splitlines())) <= 110
+    write_run(tmp_path / "again", [50.0, 60.0], overrides={"layer0": True})
+    one_line(sweep("--from", tmp_path), "two runs of mpvg-layer0=True have seed 0 and the same flags")
     titles = [line for line in result.output.splitlines() if line.startswith("vit-lite")]
-    assert titles == ["vit-lite, cifar100, 2 epochs, lr 0.0006", "vit-lite, cifar100, 2 epochs, lr 0.1"]
+    assert titles == ["vit-lite, cifar100, 310 epochs, fp32", "vit-lite, cifar100, 310 epochs, fp32, lr 0.1"]
 
 
 def test_student_t():
@@ -1526,7 +1626,8 @@ def test_student_t():
     (["--from", ".", "--seeds", "2"], "leave out the other flags"),
     (["--from", ".", "--epochs", "2"], "leave out the other flags"),
     (["--methods", "mpvg", "--set", "fig1"], "--methods and --set both"),
-    (["--methods", "mpvg,rope"], "unknown method 'rope'"),
+    (["--methods", "mpvg,rope"], "unknown method 'rope'"), (["--methods", "mpvg,"], "unknown method ''"),
+    (["--model", "deit-tiny", "--data", "numbers"], "use vit-lite or vit-nano"),
     (["--seed", "1"], "sweep sets --seed itself"), (["--method", "mpvg"], "sweep sets --method itself"),
     (["--name", "x"], "sweep sets --name itself"), (["--overwrite"], "sweep sets --overwrite itself"),
     (["--lr", "inf"], "--lr must be a finite number"), (["--runs", __file__], "choose another --runs"),
@@ -1535,15 +1636,20 @@ def test_student_t():
 def test_a_sweeps_mistake_ends_it_before_the_first_run(commands, flags, says):
     one_line(sweep("--device", "cpu", *flags) if "--from" not in flags else sweep(*flags), says)
     assert commands == []
-    assert sweep("--surplus", "1").exit_code == 2 and sweep("--set", "fig9").exit_code == 2
+    for wrong in (["--surplus", "1"], ["--set", "fig9"], ["lape"], ["--methods", "default,", "lape"], ["report"]):
+        assert sweep(*wrong).exit_code == 2
+    assert commands == []
 
 
-def test_a_run_that_fails_is_named(monkeypatch, commands, tmp_path):
-    write_run(tmp_path / "runs" / "mpvg-vit-nano-numbers-seed0", [50.0], model="vit-nano", data="numbers")
-    monkeypatch.setattr(subprocess.Popen, "returncode", property(lambda self: 2 if len(commands) == 2 else 0))
-    result = sweep("--methods", "mpvg,lape", "--seeds", 1, "--data", "numbers", "--runs", tmp_path / "runs")
+def test_a_run_that_fails_is_named_and_the_first_row_stays_the_base(monkeypatch, commands, tmp_path):
+    for method in ("lape", "mpvg"):
+        name = f"{method}-vit-nano-numbers-seed0"                               # finished, but lape's exit code is 2
+        write_run(tmp_path / name, [50.0], model="vit-nano", data="numbers", method=method)
+    monkeypatch.setattr(subprocess.Popen, "returncode", property(lambda self: 2 if len(commands) == 1 else 0))
+    result = sweep("--methods", "lape,mpvg", "--seeds", 1, "--data", "numbers", "--runs", tmp_path)
     assert result.exit_code == 2 and "1 of 2 runs failed and are not in the table: lape-vit-nano" in result.stderr
-    assert "| mpvg" in (tmp_path / "runs" / "sweep.md").read_text()
+    table = (tmp_path / "sweep.md").read_text()
+    assert "minus lape" in table and "| mpvg" in table and "| lape" not in table
 
 
 def test_a_real_sweep_side_by_side(tmp_path):

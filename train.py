@@ -3,11 +3,12 @@
     python train.py --pe layerwise --pool gap --mpvg              # the paper's method, as plain `python train.py`
     python train.py --method lape --data cifar100                 # another row of the paper, by its name
     python train.py sweep --methods default,lape,pvg,mpvg --seeds 3
-    python train.py eval runs/NAME;  python train.py report runs/*
+    python train.py eval runs/NAME;  python train.py report runs/*/
 
 A run is a function of its flags and seed; one that was killed goes on with --resume. The data set `numbers` is built
 in: nothing to download, a few minutes on a CPU.
 """
+import copy
 import inspect
 import itertools
 import json
@@ -36,7 +37,7 @@ from mpvg import METHODS, MODELS, ViT, create, fold, load_weights, read_checkpoi
 
 # What a flag is where it is not given. cifar100: ViT-Lite's recipe, from Compact-Transformers' cifar100.yml.
 RECIPES = {
-    "numbers": dict(model="vit-nano", epochs=6, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=1.0,
+    "numbers": dict(model="vit-nano", epochs=6, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=0.6,
                     cooldown_epochs=0, lr_per="step", weight_decay=0.05, decay_pe=False, label_smoothing=0.0,
                     crop_scale=1.0, flip=0.0, ra_ops=0, ra_magnitude=9.0, mixup=0.0, cutmix=0.0, erase=0.0),
     "cifar100": dict(model="vit-lite", epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6,
@@ -161,7 +162,7 @@ def resized_crop(x, box, bicubic, flip):
     for axis, n in enumerate(x.shape[2:]):
         start, size = box[:, axis, None], box[:, axis + 2, None]
         place = (torch.arange(n, device=x.device) + 0.5) / n * size
-        place = start + place.clamp(min=0.5).minimum(size - 0.5)     # nothing outside the box is mixed in
+        place = start + place.clamp(min=0.5).minimum(size - 0.5)     # past the box's border its last pixel goes on
         lines.append(place * 2 / n - 1)
     v, u = lines[0], torch.where(flip[:, None], lines[1].flip(1), lines[1])
     grid = torch.stack(torch.broadcast_tensors(u[:, None], v[..., None]), dim=-1)        # (B, H, W, 2)
@@ -236,7 +237,7 @@ def draw_mixing(steps, height, width, recipe):
     cut = torch.rand(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))
     lam = torch.where(cut, *(torch.distributions.Beta(a or 1.0, a or 1.0).sample((steps,)) for a in (cutmix, mixup)))
     sides = torch.tensor([height, width])
-    half = (sides * (1 - lam).sqrt()[:, None]).floor() // 2
+    half = (sides * (1 - lam).sqrt()[:, None]).floor() // 2          # an odd side loses a pixel, as in that timm
     middle = (torch.rand(steps, 2) * sides).floor()
     low, high = (middle - half).clamp(min=0), torch.minimum(middle + half, sides)
     outside = ~box_mask(torch.cat([low, high - low], dim=1), height, width)
@@ -318,6 +319,7 @@ def step_functions(model, config, device):
     if config["compile"] == "off":
         return loss, predict
     strictly = dict(fullgraph=True, dynamic=False)                   # a graph break is an error
+    torch._inductor.config.triton.cudagraph_or_error = config["compile"] == "graphs"  # else they are skipped silently
     return (torch.compile(loss, **strictly, mode="reduce-overhead" if config["compile"] == "graphs" else None),
             torch.compile(predict, **strictly))
 
@@ -337,7 +339,7 @@ def evaluate(predict, images, labels, data, device, batch_size=500, stopped=()):
 
 def save(path, contents):
     """Writes text or a checkpoint whole or not at all: to a temporary file, flushed, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(contents.encode()) if isinstance(contents, str) else torch.save(contents, file)
@@ -347,6 +349,10 @@ def save(path, contents):
     except (OSError, RuntimeError) as error:                         # torch.save turns a full disk into the latter
         temporary.unlink(missing_ok=True)
         fail(f"{path} cannot be written ({error}): free the disk or choose another --runs; what was there is whole")
+
+
+def save_log(folder, log):
+    save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
 
 @contextmanager
@@ -375,6 +381,15 @@ def train_run(config, model, split, folder, device, saved=None):
     optimizer = torch.optim.AdamW(parameter_groups(model, config["weight_decay"], config["decay_pe"]), fused=True)
     schedule = {key: config[key] for key in ("epochs", "warmup_epochs", "cooldown_epochs", "lr", "min_lr", "warmup_lr")}
     loss_of, predict = step_functions(model, config, device)
+    classes, mixing = model.head.out_features, config["mixup"] > 0 or config["cutmix"] > 0
+    if config["compile"] != "off":                                   # before the clock starts
+        x = torch.zeros(size, *images.shape[1:], device=device)
+        y = torch.zeros((size, classes) if mixing else size, dtype=torch.float if mixing else torch.long, device=device)
+        begin = time.perf_counter()
+        with torch.random.fork_rng(devices=[device] if cuda else []):
+            loss_of(x, y).backward()
+        optimizer.zero_grad()
+        typer.echo(f"compiled  in {time.perf_counter() - begin:.0f} s")
     losses = torch.zeros(steps, device=device)
     log, best, epoch, done, seconds = [], dict(epoch=0, test_accuracy=-1.0), 0, 0, 0.0  # done: steps of this epoch
     if saved:
@@ -383,42 +398,43 @@ def train_run(config, model, split, folder, device, saved=None):
         log, best, epoch, done, seconds = (saved[key] for key in ("log", "best", "epoch", "step", "seconds"))
         losses[:done] = saved["losses"].to(device)
         torch.set_rng_state(saved["rng"])
-        if cuda and saved["device_rng"] is not None:
-            torch.cuda.set_rng_state(saved["device_rng"], device)
+        if saved["device_rng"] is not None and device.type == saved["config"]["environment"]["device"].split(":")[0]:
+            torch.get_device_module(device).set_rng_state(saved["device_rng"])
     start = time.perf_counter() - seconds
 
     def check():
         wrong = (~losses[:done].isfinite()).nonzero()
-        if len(wrong) or not all(p.isfinite().all() for p in model.parameters()):
+        if len(wrong) or not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
             at = wrong[0].item() + 1 if len(wrong) else done
-            fail(f"the loss is no longer finite at step {at} of epoch {epoch + 1}: lower --lr; "
-                 + (f"{folder / 'last.pt'} is of epoch {log[-1]['epoch']}" if log else "nothing was saved yet"))
+            kept = f"last.pt is of epoch {log[-1]['epoch']}" if log else "nothing was saved yet"
+            fail(f"the loss is not finite at step {at} of epoch {epoch + 1}: --overwrite with a lower --lr ({kept})")
 
-    def write():
+    def write(first):
         check()
         contents = dict(model=model.state_dict(), config=config, epoch=epoch, best=best, log=log)
-        save(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        if not log:                                                  # what an overwritten run may have left
-            (folder / "best.pt").unlink(missing_ok=True)
-        elif best["epoch"] == epoch and done == 0:
+        if log and best["epoch"] == epoch and done == 0:
             save(folder / "best.pt", contents)
         save(folder / "last.pt", dict(
             contents, step=done, optimizer=optimizer.state_dict(), losses=losses[:done].cpu(),
             seconds=time.perf_counter() - start, rng=torch.get_rng_state(),
-            device_rng=torch.cuda.get_rng_state(device) if cuda else None))
-        save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+            device_rng=None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()))
+        if first:                                                    # only now: here may be the run to overwrite
+            for name in ["log.jsonl"] + ["best.pt"] * (not log):
+                (folder / name).unlink(missing_ok=True)
+            save(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        save_log(folder, log)
 
     typer.echo("\nepoch      loss   test %         lr   images/s   seconds")
     bar = tqdm(total=epochs * steps * size, initial=(epoch * steps + done) * size, unit="image", unit_scale=True,
                disable=None)                                         # silent without a terminal
     with bar, stop_signals() as stopped:
         while epoch < epochs:
-            epoch_start, epoch_done, shown = time.perf_counter(), done, 0
+            epoch_done, epoch_start = done, time.perf_counter()
+            shown = epoch_start
             with torch.random.fork_rng(devices=[]):                  # all that is random about the epoch's images
-                torch.manual_seed(config["seed"] * 100_003 + epoch)
+                torch.default_generator.manual_seed(config["seed"] * 100_003 + epoch)  # the CPU's, no other
                 order = torch.randperm(len(images))[:steps * size].view(steps, size)
                 draws = draw_images(steps * size, *images.shape[2:], config)
-                mixing = config["mixup"] or config["cutmix"]
                 keep = draw_mixing(steps, *images.shape[2:], config) if mixing else None
                 noise = torch.randint(2**62, (steps,)).tolist()
             chunk = steps if cuda else max(1, 4096 // size)          # steps whose batches are made at once
@@ -427,7 +443,7 @@ def train_run(config, model, split, folder, device, saved=None):
                 part, rows = slice(first, first + chunk), slice(first * size, (first + chunk) * size)
                 chosen = order[part].to(images.device)
                 x, y = prepare(images[chosen], labels[chosen], {name: value[rows] for name, value in draws.items()},
-                               keep[part] if mixing else None, config, model.head.out_features, noise[first])
+                               keep[part] if mixing else None, config, classes, noise[first])
                 for i in range(done - first, len(x)):
                     lr = lr_at(epoch if config["lr_per"] == "epoch" else epoch + done / steps, **schedule)
                     for group in optimizer.param_groups:
@@ -447,24 +463,25 @@ def train_run(config, model, split, folder, device, saved=None):
                         check()
                         bar.set_postfix(loss=f"{losses[done - 1].item():.3f}", lr=f"{lr:.2e}", refresh=False)
                         shown = time.perf_counter()
+                del x, y                                             # before the next ones are made
             check()
             speed = (done - epoch_done) * size / (time.perf_counter() - epoch_start)
             model.eval()
             result = evaluate(predict, *split["test"], config["data"], device, stopped=stopped)
             model.train()
             if result is None:
-                write()
+                write(first=not saved and not log)
                 bar.close()
                 typer.echo(f"stopped by {stopped[0]} after step {done} of {steps} of epoch {epoch + 1}: saved; the "
                            "same command with --resume goes on")
-                raise typer.Exit(130 if stopped[0] == "SIGINT" else 143)
+                raise typer.Exit(128 + signal.Signals[stopped[0]])
             epoch, done = epoch + 1, 0
             log.append(dict(epoch=epoch, loss=losses.mean().item(), test_loss=result[1], test_accuracy=result[0],
                             lr=optimizer.param_groups[0]["lr"], images_per_second=speed,
                             seconds=time.perf_counter() - start))
             if result[0] > best["test_accuracy"]:
                 best = dict(epoch=epoch, test_accuracy=result[0])
-            write()
+            write(first=not saved and len(log) == 1)
             bar.write("{epoch:>5} {loss:>9.4f} {test_accuracy:>8.2f} {lr:>10.2e} {images_per_second:>10,.0f} "
                       "{seconds:>9.0f}".format(**log[-1]))
     return log, best
@@ -493,7 +510,10 @@ def usable_device(name):
     if name.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
         fail(f"unknown --device {name!r}: choose from auto, cpu, cuda, mps, xpu")
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:                  # torch without CUDA asserts
         fail(f"--device {name} cannot be used here, try --device cpu ({str(error).splitlines()[0]})")
 
@@ -525,10 +545,14 @@ def configure(flags):
     for key in ("warmup_epochs", "cooldown_epochs"):                 # short runs warm up and cool down shortly
         if flags[key] is None:
             recipe[key] = type(recipe[key])(min(recipe[key], recipe["epochs"] / 10))
+    if MODELS.get(recipe["model"], dict(image_size=32)).get("image_size") != 32:
+        fail(f"{recipe['model']} takes images of 224x224, {data} has 32x32: use vit-lite or vit-nano")
     if recipe["warmup_epochs"] + recipe["cooldown_epochs"] >= recipe["epochs"]:
         fail("--warmup-epochs and --cooldown-epochs leave nothing of --epochs {epochs}: lower them".format(**recipe))
     if flags["resume"] and flags["overwrite"]:
         fail("--resume goes on with a run and --overwrite replaces it: give one")
+    if flags["compile"] == "graphs" and not cuda:
+        fail("--compile graphs needs CUDA: use --compile on, or off")
     if flags["freeze"] and not flags["init"]:
         fail("--freeze trains the head alone: --init says which weights it keeps")
     config = dict(data=data, method=method, overrides=overrides, seed=flags["seed"], **recipe)
@@ -584,11 +608,18 @@ def read(path):
     """-> what train_run has saved there, plain types and tensors."""
     try:
         saved = read_checkpoint(path)
-    except (OSError, ValueError) as error:
-        fail(error)
-    if not isinstance(saved, dict) or not {"model", "config", "log"} <= saved.keys():
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror})")
+    except ValueError:
+        fail(f"{path} is damaged, or no checkpoint: best.pt beside it may be whole, --overwrite trains again")
+    keys = {"model", "config", "log"} | ({"step", "optimizer"} if path.name == "last.pt" else set())
+    if not isinstance(saved, dict) or not keys <= saved.keys():
         fail(f"{path} is no checkpoint of this train.py; weights alone load with --init, or mpvg.load_weights")
     return saved
+
+
+def checkpoint_of(path):
+    return path / "last.pt" if path.is_dir() else path
 
 
 @app.callback(invoke_without_command=True)
@@ -614,7 +645,7 @@ def train(
     fraction: float = flag("Data", "Part of each class's training images to use.", value=1.0, min=0, max=1),
     crop_scale: float | None = flag("Data", "Random crop: least area; 1: none.", of="crop_scale", min=0.01, max=1),
     flip: float | None = flag("Data", "Probability of a horizontal flip.", of="flip", min=0, max=1),
-    ra_ops: int | None = flag("Data", "RandAugment: operations an image (p 0.5 each).", of="ra_ops", min=0),
+    ra_ops: int | None = flag("Data", "RandAugment: operations an image (p 0.5 each).", of="ra_ops", min=0, max=15),
     ra_magnitude: float | None = flag("Data", "RandAugment: mean strength.", of="ra_magnitude", min=0, max=10),
     mixup: float | None = flag("Data", "Mixup's alpha; with CutMix, a step takes either.", of="mixup", min=0),
     cutmix: float | None = flag("Data", "CutMix's alpha.", of="cutmix", min=0),
@@ -636,7 +667,7 @@ def train(
     attn_drop: float | None = flag("Recipe", "Dropout of attention probabilities.", of="vit-lite 0.1, others 0"),
     init: Path | None = flag("Recipe", "Checkpoint to start from; other classes: with a new head.", of="none"),
     freeze: bool = flag("Recipe", "Train the head alone.", "--freeze", value=False),
-    seed: int = flag("Run", "Of weights, order and augmentation.", value=0, min=0, max=2**32 - 1),
+    seed: int = flag("Run", "Of weights, order, augmentation and --fraction.", value=0, min=0, max=2**32 - 1),
     device: str = flag("Run", "auto (an accelerator where there is one), cpu, cuda, mps or xpu.", value="auto"),
     precision: Literal["fp32", "bf16"] | None = flag("Run", "bf16: autocast.", of="bf16 with CUDA, else fp32"),
     compile: Literal["off", "on", "graphs"] | None = flag(
@@ -663,9 +694,6 @@ def train(
     vit = build(config)
     toggles = METHODS[config["method"]] | config["overrides"]
     typer.echo(f"method    {label(config)}: " + ", ".join(f"{key}={value}" for key, value in toggles.items()))
-    if vit.image_shape != (3, 32, 32):
-        fail(f"{config['model']} takes images {vit.image_shape}, {config['data']} has (3, 32, 32): use vit-lite or "
-             "vit-nano")
     saved = None
     if resume and (folder / "last.pt").exists():
         saved = read(folder / "last.pt")
@@ -673,23 +701,33 @@ def train(
                    if saved["config"].get(key) != config[key]]
         if changed:
             fail(f"{folder} was trained with other flags: {'; '.join(changed)} (give those, or another --name)")
+        save(folder / "config.json", json.dumps(saved["config"], indent=2) + "\n")  # a kill may have come first
+        save_log(folder, saved["log"])
         if saved["epoch"] == config["epochs"]:
             typer.echo(f"run       {folder} is finished: test accuracy {saved['log'][-1]['test_accuracy']:.2f} %")
             return
     elif folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
         fail(f"{folder} exists: --resume goes on with it, --overwrite replaces it, --name chooses another")
     elif init:
+        head, source = copy.deepcopy(vit.head), checkpoint_of(init)
         try:
-            load_weights(vit, init, new_head=True)
-        except (OSError, ValueError) as error:
+            load_weights(vit, source, new_head=True)
+            trained = read_checkpoint(source)
+        except OSError as error:
+            fail(f"--init {source} cannot be read ({error.strerror})")
+        except ValueError as error:
             fail(f"--init: {error}")
+        if trained.get("config", config)["data"] != config["data"]:  # other classes, even where they are as many
+            vit.head = head
+        kept = "its head, too" if (vit.head.weight != head.weight).any() else "with a new head"
+        typer.echo(f"init      {source}, {kept}")
     vit.requires_grad_(not freeze).to(device).head.requires_grad_(True)
     split = load_data(config["data"], data_dir, fraction, seed)
     if device.type == "cuda":                                        # elsewhere batches are made on the CPU
         split = {part: tuple(tensor.to(device) for tensor in tensors) for part, tensors in split.items()}
     count = len(split["train"][0])
     if config["batch_size"] > count:
-        fail(f"--batch-size {config['batch_size']} is more than the {count} training images")
+        fail(f"--batch-size {config['batch_size']} is more than the {count} training images (--fraction {fraction:g})")
     config["environment"] = environment(device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -704,10 +742,12 @@ def train(
                f"{sum(free):,} ({len(free)}) not, {sum(frozen):,} ({len(frozen)}) frozen\n"
                f"images    {count:,} to train, {len(split['test'][0]):,} to test\nrun       {folder}"
                + (f", on from step {saved['step']} of epoch {saved['epoch'] + 1}" if saved else ""))
-    log, best = train_run(config, vit, split, folder, device, saved)
-    typer.echo(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last of {config['epochs']} epochs (best: "
-               f"{best['test_accuracy']:.2f} % after epoch {best['epoch']}; {label(config)}, {config['model']}, "
-               f"{config['data']}, seed {seed}); weights in {folder / 'last.pt'}")
+    try:
+        log, best = train_run(config, vit, split, folder, device, saved)
+    except torch.OutOfMemoryError:
+        fail(f"{device} is out of memory: lower --batch-size, or --jobs of a sweep")
+    typer.echo(f"\nweights in {folder / 'last.pt'}\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last of "
+               f"{config['epochs']} epochs (best: {best['test_accuracy']:.2f} % after epoch {best['epoch']})")
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
@@ -735,38 +775,43 @@ def finished_runs(folders):
     return found
 
 
-def results(runs, order):
+def results(runs, order, base=None):
     """Finished runs -> text: for each setting, that is all flags but method and seed, a table with a row a method.
 
-    order: labels in the order of the rows; differences are to the first row that is there.
+    order: labels in the order of the rows; base: the row that differences are to, the first unless given.
     """
-    settings, text = {}, ""
+    settings, paper, text = {}, {}, ""
     for config, log in runs:
-        setting = config.keys() - {"method", "overrides", "seed", "environment"}
-        rows = settings.setdefault(frozenset(f"{key} {config[key]}" for key in setting), {})
-        rows.setdefault(label(config), {})[config["seed"]] = config, log
-    common = frozenset.intersection(*settings)
-    for setting, rows in settings.items():
+        usual = dict(RECIPES[config["data"]], drop_path=None, attn_drop=None, fraction=1.0, freeze=False, init=None)
+        unusual = [key for key in usual if config[key] != usual[key]]
+        title = ["{model}, {data}, {epochs} epochs, {precision}".format(**config)]
+        title = ", ".join(title + [f"{key} {config[key]}" for key in unusual if key not in ("model", "epochs")])
+        rows = settings.setdefault(title, {})
+        paper[title] = {} if unusual else PAPER.get((config["model"], config["data"]), {})
+        if config["seed"] in rows.setdefault(label(config), {}):
+            fail(f"two runs of {label(config)} have seed {config['seed']} and the same flags: move one away")
+        rows[label(config)][config["seed"]] = config, log
+    for title, rows in settings.items():
         rows = dict(sorted(rows.items(), key=lambda row: ([*order, row[0]].index(row[0]), row[0])))
-        base = next(iter(rows))
+        base = base or next(iter(rows))
         lines = [["method", "n", "last epoch %", f"minus {base}", "best epoch %", "seconds", "parameters", "paper %"]]
         lines.append(["-" * len(cell) for cell in lines[0]])
         for name, seeds in rows.items():
             config, logs = next(iter(seeds.values()))[0], [log for _, log in seeds.values()]
             values = [log[-1]["test_accuracy"] for log in logs]
-            pairs = [seeds[seed][1][-1]["test_accuracy"] - rows[base][seed][1][-1]["test_accuracy"]
-                     for seed in seeds if seed in rows[base] and name != base]
+            pairs = [seeds[seed][1][-1]["test_accuracy"] - log[-1]["test_accuracy"]
+                     for seed, (_, log) in rows.get(base, {}).items() if seed in seeds and name != base]
             with torch.device("meta"):
                 count = sum(p.numel() for p in build(config).parameters())
-            paper = PAPER.get((config["model"], config["data"]), {}).get(name)
+            published = paper[title].get(name)
             lines.append([
                 name, str(len(values)), f"{mean(values):.2f}" + (f" +- {stdev(values):.2f}" if len(values) > 1 else ""),
                 (f"{mean(pairs):+.2f}" if pairs else "") + (f" +- {interval(pairs):.2f}" if len(pairs) > 1 else ""),
                 f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
-                f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{count:,}", f"{paper:.2f}" if paper else ""])
+                f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{count:,}",
+                f"{published:.2f}" if published else ""])
         widths = [max(map(len, column)) for column in zip(*lines)]
-        title = ["{model}, {data}, {epochs} epochs".format(**config), *sorted(setting - common)]
-        text += ", ".join(title) + "\n\n"
+        text += title + "\n\n"
         text += "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines) + "\n"
     return text + ("Test accuracy: mean +- standard deviation over n seeds. Difference: of pairs with the same seed, "
                    "+- half\nthe 95 % confidence interval. Best epoch: chosen by test accuracy. Seconds: of a run.\n")
@@ -784,7 +829,7 @@ def sweep(
 ):
     """Train every row with every seed, or go on where a sweep was stopped; print a table, write it to RUNS/sweep.md.
 
-    Takes every flag of `python train.py`, too, for all of its runs.
+    Takes the flags of `python train.py`, too, for all of its runs, but for those that name one run.
     """
     if from_:
         if ctx.args or len(given_flags(ctx)) > 1:
@@ -795,16 +840,19 @@ def sweep(
     if set_ and "methods" in given_flags(ctx):
         fail("--methods and --set both name rows: give one")
 
+    trainer = typer.Typer()
+    trainer.command()(train)
+
     def parse(*more):
-        return ctx.parent.command.make_context("train.py", [*ctx.args, *more])
+        return typer.main.get_command(trainer).make_context("train.py", [*ctx.args, *more])
 
     for key in {"method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"} & {*given_flags(parse())}:
         fail(f"sweep sets --{key} itself: leave it out (--methods and --set name rows, --seeds counts seeds)")
     depth = MODELS.get(configure(parse().params)["model"], {}).get("depth", 12)
     planned, runs = {}, Path(parse().params["runs"])                 # folder -> (its configuration, its command)
     for row, seed in itertools.product(SETS[set_] if set_ else methods.split(","), range(seeds)):
-        row = row.format(a=depth // 2 - 1, b=depth * 3 // 4 - 1, c=depth - 1).split()
-        row = ["--method", *row, "--seed", str(seed)]
+        method, *toggles = row.format(a=depth // 2 - 1, b=depth * 3 // 4 - 1, c=depth - 1).split() or [""]
+        row = [f"--method={method}", *toggles, "--seed", str(seed)]
         config = configure(parse(*row).params)
         build(config)                                                # a row that cannot be ends the sweep at once
         planned[run_folder(parse().params, config)] = config, [sys.executable, __file__, *ctx.args, *row, "--resume"]
@@ -812,14 +860,14 @@ def sweep(
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {runs} ({error}): choose another --runs")
-    env, waiting, running, failed = dict(os.environ), list(planned), {}, []
+    env, waiting, running, broken = dict(os.environ), list(planned), {}, set()
     if jobs > 1:                                                     # threads of several runs would wait for each other
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with stop_signals() as stopped, tqdm(total=len(planned), unit="run", disable=None if jobs > 1 else True) as bar:
         while running or (waiting and not stopped):
             while waiting and len(running) < jobs and not stopped:
                 folder = waiting.pop(0)
-                output = open(f"{folder}.txt", "w") if jobs > 1 else None
+                output = open(f"{folder}.txt", "a") if jobs > 1 else None
                 if jobs == 1:
                     typer.echo(f"\n--- {folder.name}, run {len(planned) - len(waiting)} of {len(planned)}")
                 running[folder] = subprocess.Popen(planned[folder][1], env=env, stdout=output, stderr=output)
@@ -828,16 +876,18 @@ def sweep(
                     process.terminate()                              # it ends its step, saves and ends
                 if process.poll() is not None:
                     del running[folder]
-                    failed += [folder.name] if process.returncode else []
-                    bar.update()
+                    broken |= {folder} if process.returncode else set()
+                    bar.update(not process.returncode)
             time.sleep(0.2)
     if stopped:
-        fail(f"stopped by {stopped[0]}: the runs are saved, the same command goes on from there")
-    done = finished_runs(folder for folder in planned if folder.name not in failed)
+        typer.echo(f"stopped by {stopped[0]}: the same command goes on from there")
+        raise typer.Exit(128 + signal.Signals[stopped[0]])
+    done = {folder: run for folder in planned if folder not in broken for run in finished_runs([folder])}
+    labels = [label(config) for config, _ in planned.values()]
     if done:
-        save(runs / "sweep.md", results(done, [label(config) for config, _ in planned.values()]))
+        save(runs / "sweep.md", results(done.values(), labels, labels[0]))
         typer.echo("\n" + (runs / "sweep.md").read_text())
-    if failed:
+    if failed := [folder.name for folder in planned if folder not in done]:
         fail(f"{len(failed)} of {len(planned)} runs failed and are not in the table: {', '.join(failed)}")
 
 
@@ -845,8 +895,10 @@ def sweep(
 
 def load_run(path, device, **changes):
     """-> the model a run has trained, and its checkpoint; path: the run's folder, or one of its checkpoints."""
-    path = path / "last.pt" if path.is_dir() else path
+    path = checkpoint_of(path)
     saved = read(path)
+    if "step" in saved and saved["epoch"] < saved["config"]["epochs"]:
+        typer.echo(f"note: {path} is of epoch {saved['epoch']} of {saved['config']['epochs']}: not finished", err=True)
     try:
         return load_weights(build(saved["config"], **changes), saved).to(device).eval(), saved
     except ValueError as error:
@@ -898,8 +950,8 @@ def measure(model, batches):
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
     per_block, last = model.delivered_pe()
     pe = [None if e is None else e.expand(1, *tokens.shape[1:])[0].cpu() for e in (*per_block, last)]
-    correlation = [None if e is None else torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item()
-                   for t, e in zip(tokens, pe)]
+    correlation = [None if e is None or e.min() == e.max() else  # nothing varies, nothing correlates
+                   torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item() for t, e in zip(tokens, pe)]
     beta, gamma = model.norm.bias.detach().cpu(), model.norm.weight.detach().cpu()
     return dict(tokens=[*tokens], pe=pe, correlation=correlation, cosine=torch.cat(cosines).mean().item(), beta=beta,
                 gamma=gamma, offset=beta if last is None else beta + pe[-1].mean(0))
@@ -920,7 +972,7 @@ def draw(out, runs):
         "curves.png": [("training loss", "epoch", "cross entropy", curve("loss")),
                        ("test accuracy", "epoch", "%", curve("test_accuracy"))],
         "correlation.png": [("LN(x) and the PE that joins it", "block; after them the last norm", "correlation",
-                             lambda _, found: [*zip(*enumerate(c or math.nan for c in found["correlation"]))])],
+                             lambda _, found: [*zip(*enumerate(found["correlation"]))])],
         "last_norm.png": [("beta of the last norm", "dimension, sorted", "", sort("beta")),
                           ("its gamma", "dimension, sorted", "", sort("gamma")),
                           ("its effective offset", "dimension, sorted", "", sort("offset"))],
@@ -929,8 +981,8 @@ def draw(out, runs):
         for ax, (title, across, up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for config, log, found in runs.values():
                 x, y = points(log, found)
-                if not all(map(math.isnan, y)):
-                    style = dict(marker=".", ms=4, lw=1, color=f"C{kinds.index(label(config))}")
+                if {*y} != {None}:                                   # matplotlib leaves gaps where y is None
+                    style = dict(marker=".", ms=4, lw=1, alpha=0.8, color=f"C{kinds.index(label(config))}")
                     drawn[label(config)], = ax.plot(x, y, **style)
             ax.set(title=title, xlabel=across, ylabel=up)
             ax.xaxis.get_major_locator().set_params(integer=True)
@@ -985,12 +1037,14 @@ def report(
     except OSError as error:
         fail(f"cannot write to {out} ({error}): choose another --out")
     save(out / "report.json", json.dumps(summary) + "\n")
-    typer.echo("correlation with the PE in blocks 0, 1, ... and at the last norm; there, variance of beta and of the\n"
-               "effective offset, and cosine of the mean token before and after\n")
+    width = max(map(len, summary))
+    typer.echo("at the last norm: variance of beta and of the effective offset, cosine of the mean token before and\n"
+               "after; correlation of tokens and PE in blocks 0, 1, ... and at the last norm\n\n"
+               f"{'run':<{width}}  beta    offset    cosine  correlation")
     for name, line in summary.items():
-        shown = " ".join("    -" if value is None else f"{value:+.2f}" for value in line["correlation"])
-        typer.echo(f"{name:<36} {shown}   "
-                   "{beta_variance:.5f} {offset_variance:.5f}   {cosine:.3f}".format(**line))
+        figures = "{beta_variance:.5f} {offset_variance:.5f}   {cosine:.3f} ".format(**line)
+        typer.echo(f"{name:<{width}}  {figures} "
+                   + " ".join("    -" if value is None else f"{value:+.2f}" for value in line["correlation"]))
     try:
         draw(out, runs)
     except ImportError as error:
