@@ -258,7 +258,7 @@ def augment(x, draws, recipe, fill):
 
 def normalise(x, data):
     """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and deviation."""
-    return v2.normalize(x / 255, *PIXELS[data])
+    return v2.normalize(x / 255, *PIXELS[data], inplace=True)
 
 
 def prepare(x, y, draws, keep, recipe, classes, seed):
@@ -437,7 +437,7 @@ def train_run(config, model, split, folder, device, saved=None):
                 draws = draw_images(steps * size, *images.shape[2:], config)
                 keep = draw_mixing(steps, *images.shape[2:], config) if mixing else None
                 noise = torch.randint(2**62, (steps,)).tolist()
-            chunk = steps if cuda else max(1, 4096 // size)          # steps whose batches are made at once
+            chunk = steps if cuda else max(1, 2048 // size)          # steps whose batches are made at once
             while done < steps and not stopped:
                 first = done // chunk * chunk
                 part, rows = slice(first, first + chunk), slice(first * size, (first + chunk) * size)
