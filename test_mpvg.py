@@ -1606,9 +1606,11 @@ def test_the_table_of_finished_runs(tmp_path):
     assert rows[4] == ["mpvg", "3", "74.00 +- 1.32", f"+3.00 +- {half:.2f}", "74.00", "3100", "3,743,076", "76.87"]
     assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00", "60.00", "3100", "3,743,588", ""]
     assert rows[8] == ["pvg", "1", "20.00", "", "20.00", "3100", "3,742,564", ""] and len(rows) == 9
-    assert max(map(len, result.output.splitlines())) <= 110
+    assert rows[6][3] == "minus pvg" and max(map(len, result.output.splitlines())) <= 110
     write_run(tmp_path / "again", [50.0, 60.0], overrides={"layer0": True})
     one_line(sweep("--from", tmp_path), "two runs of mpvg-layer0=True have seed 0 and the same flags")
+    (tmp_path / "again" / "config.json").write_text('{"data": "cifar100", "epochs": 310}')
+    one_line(sweep("--from", tmp_path), "again is no run of this train.py")
     titles = [line for line in result.output.splitlines() if line.startswith("vit-lite")]
     assert titles == ["vit-lite, cifar100, 310 epochs, fp32", "vit-lite, cifar100, 310 epochs, fp32, lr 0.1"]
 

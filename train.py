@@ -761,6 +761,14 @@ def interval(values):
     return (T95[n - 2] if n - 2 < len(T95) else 1.96 + 2.4 / (n - 1)) * stdev(values) / n ** 0.5
 
 
+def setting(config):
+    """-> what a table of runs is headed with: all that is not the recipe's, but for method and seed; is nothing?"""
+    usual = dict(RECIPES[config["data"]], drop_path=None, attn_drop=None, fraction=1.0, freeze=False, init=None)
+    unusual = [key for key in usual if config[key] != usual[key]]
+    title = ["{model}, {data}, {epochs} epochs, {precision}".format(**config)]
+    return ", ".join(title + [f"{key} {config[key]}" for key in unusual if key not in ("model", "epochs")]), not unusual
+
+
 def finished_runs(folders):
     """-> (configuration, log) of each folder that holds a finished run."""
     found = []
@@ -769,9 +777,10 @@ def finished_runs(folders):
             try:
                 config = json.loads((folder / "config.json").read_text())
                 log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+                setting(config)                                      # knows what a configuration holds
                 found += [(config, log)] if log and log[-1]["epoch"] == config["epochs"] else []
             except (OSError, ValueError, KeyError, TypeError) as error:
-                fail(f"{folder} is no run of train.py ({error!r}): move it elsewhere")
+                fail(f"{folder} is no run of this train.py ({error!r}): move it elsewhere")
     return found
 
 
@@ -782,25 +791,22 @@ def results(runs, order, base=None):
     """
     settings, paper, text = {}, {}, ""
     for config, log in runs:
-        usual = dict(RECIPES[config["data"]], drop_path=None, attn_drop=None, fraction=1.0, freeze=False, init=None)
-        unusual = [key for key in usual if config[key] != usual[key]]
-        title = ["{model}, {data}, {epochs} epochs, {precision}".format(**config)]
-        title = ", ".join(title + [f"{key} {config[key]}" for key in unusual if key not in ("model", "epochs")])
+        title, whole = setting(config)
         rows = settings.setdefault(title, {})
-        paper[title] = {} if unusual else PAPER.get((config["model"], config["data"]), {})
+        paper[title] = PAPER.get((config["model"], config["data"]), {}) if whole else {}
         if config["seed"] in rows.setdefault(label(config), {}):
             fail(f"two runs of {label(config)} have seed {config['seed']} and the same flags: move one away")
         rows[label(config)][config["seed"]] = config, log
     for title, rows in settings.items():
         rows = dict(sorted(rows.items(), key=lambda row: ([*order, row[0]].index(row[0]), row[0])))
-        base = base or next(iter(rows))
-        lines = [["method", "n", "last epoch %", f"minus {base}", "best epoch %", "seconds", "parameters", "paper %"]]
+        first = base or next(iter(rows))
+        lines = [["method", "n", "last epoch %", f"minus {first}", "best epoch %", "seconds", "parameters", "paper %"]]
         lines.append(["-" * len(cell) for cell in lines[0]])
         for name, seeds in rows.items():
             config, logs = next(iter(seeds.values()))[0], [log for _, log in seeds.values()]
             values = [log[-1]["test_accuracy"] for log in logs]
             pairs = [seeds[seed][1][-1]["test_accuracy"] - log[-1]["test_accuracy"]
-                     for seed, (_, log) in rows.get(base, {}).items() if seed in seeds and name != base]
+                     for seed, (_, log) in rows.get(first, {}).items() if seed in seeds and name != first]
             with torch.device("meta"):
                 count = sum(p.numel() for p in build(config).parameters())
             published = paper[title].get(name)
