@@ -1274,8 +1274,6 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(command, tmp_pa
         ends.append(process.exitcode)
         if process.exitcode == 0:
             break
-        expected = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[kind]
-        assert process.exitcode == expected or not (tmp_path / "runs" / "killed").exists()  # before it began
         assert number < 60
     assert len(ends) > 2, ends
     equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
