@@ -351,8 +351,16 @@ def save(path, contents):
         fail(f"{path} cannot be written ({error}): free the disk or choose another --runs; what was there is whole")
 
 
-def save_log(folder, log):
+def save_record(folder, config, log):
+    save(folder / "config.json", json.dumps(config, indent=2) + "\n")
     save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+
+def make_folder(path, option):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write to {path} ({error}): choose another {option}")
 
 
 @contextmanager
@@ -421,8 +429,7 @@ def train_run(config, model, split, folder, device, saved=None):
         if first:                                                    # only now: here may be the run to overwrite
             for name in ["log.jsonl"] + ["best.pt"] * (not log):
                 (folder / name).unlink(missing_ok=True)
-            save(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        save_log(folder, log)
+        save_record(folder, config, log)
 
     typer.echo("\nepoch      loss   test %         lr   images/s   seconds")
     bar = tqdm(total=epochs * steps * size, initial=(epoch * steps + done) * size, unit="image", unit_scale=True,
@@ -701,8 +708,7 @@ def train(
                    if saved["config"].get(key) != config[key]]
         if changed:
             fail(f"{folder} was trained with other flags: {'; '.join(changed)} (give those, or another --name)")
-        save(folder / "config.json", json.dumps(saved["config"], indent=2) + "\n")  # a kill may have come first
-        save_log(folder, saved["log"])
+        save_record(folder, saved["config"], saved["log"])           # a kill may have come before them
         if saved["epoch"] == config["epochs"]:
             typer.echo(f"run       {folder} is finished: test accuracy {saved['log'][-1]['test_accuracy']:.2f} %")
             return
@@ -729,12 +735,9 @@ def train(
     if config["batch_size"] > count:
         fail(f"--batch-size {config['batch_size']} is more than the {count} training images (--fraction {fraction:g})")
     config["environment"] = environment(device)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to {folder} ({error}): choose another --runs")
+    make_folder(folder, "--runs")
     if not (folder / "last.pt").exists():                            # an --overwrite waits until it has something
-        save(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        save_record(folder, config, [])
 
     decayed, free = ([p.numel() for p in group["params"]] for group in parameter_groups(vit, 0, config["decay_pe"]))
     frozen = [p.numel() for p in vit.parameters() if not p.requires_grad]
@@ -862,10 +865,7 @@ def sweep(
         config = configure(parse(*row).params)
         build(config)                                                # a row that cannot be ends the sweep at once
         planned[run_folder(parse().params, config)] = config, [sys.executable, __file__, *ctx.args, *row, "--resume"]
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to {runs} ({error}): choose another --runs")
+    make_folder(runs, "--runs")
     env, waiting, running, broken = dict(os.environ), list(planned), {}, set()
     if jobs > 1:                                                     # threads of several runs would wait for each other
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
@@ -1038,10 +1038,7 @@ def report(
     summary = {name: {key: found[key] for key in ("correlation", "cosine")}
                | {f"{key}_variance": found[key].var().item() for key in vectors}
                | {key: found[key].tolist() for key in vectors} for name, (_, _, found) in runs.items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write to {out} ({error}): choose another --out")
+    make_folder(out, "--out")
     save(out / "report.json", json.dumps(summary) + "\n")
     width = max(map(len, summary))
     typer.echo("at the last norm: variance of beta and of the effective offset, cosine of the mean token before and\n"
