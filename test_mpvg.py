@@ -706,9 +706,8 @@ def test_an_operation_is_pillows(name):
                           for a, b in zip(x, zip(m.tolist(), s.tolist(), how))])
     difference = (mine.int() - theirs.int()).abs().float()
     geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-    linear = difference[~bicubic] if geometric else difference
-    assert linear.max() <= 1 or (linear > 1).float().mean() < 1e-3, linear.max()  # a place right on the border may
-    assert difference.mean() < 2
+    assert (difference[~bicubic] if geometric else difference).max() <= 1
+    assert difference.mean() < 1.2
     alone = train.OPERATIONS[name](x[7:8], m[7:8], s[7:8], partial(warp, bicubic=bicubic[7:8]))
     assert torch.equal(alone[0], mine[7])                                       # whatever shares the batch
 
@@ -725,7 +724,7 @@ def test_resized_crop_is_pillows():
         theirs = pil(x[i]).crop((left, top, left + w, top + h)).resize((32, 32), how)
         theirs = ImageOps.mirror(theirs) if flip[i] else theirs
         difference = (mine[i].int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs().float()
-        assert difference.mean() < 8 if bicubic[i] else difference.max() <= 2, (i, difference.mean(), difference.max())
+        assert difference.mean() < 6 if bicubic[i] else difference.max() <= 1, (i, difference.mean(), difference.max())
     whole = torch.tensor([[0.0, 0.0, 32.0, 32.0]]).repeat(len(x), 1)
     assert torch.equal(train.resized_crop(x, whole, bicubic, torch.zeros(len(x), dtype=torch.bool)), x)
     assert torch.equal(train.resized_crop(x, whole, bicubic, torch.ones(len(x), dtype=torch.bool)), x.flip(3))
@@ -999,6 +998,7 @@ def test_flags_name_a_model(command, tmp_path, monkeypatch, flags, method, overr
     expected = create(config["model"], method, **overrides)
     assert config["model"] == ("vit-lite" if "--model" in flags else "vit-nano")
     assert trained[0].state_dict().keys() == expected.state_dict().keys()
+    assert dict(trained[0].named_parameters()).keys() == dict(expected.named_parameters()).keys()  # sincos has no PE
     for toggle in ("last_pe", "hierarchical", "add_input", "pool"):
         assert getattr(trained[0], toggle) == getattr(expected, toggle)
     label = method + "".join(f"-{k}={v}" for k, v in overrides.items())
@@ -1461,7 +1461,7 @@ def test_init_and_freeze(command, tmp_path):
     assert torch.equal(moved["pos_embed"], first["pos_embed"])
 
 
-def test_eval_measures_again(command, tmp_path, small):
+def test_eval_measures_again(command, tmp_path, monkeypatch):
     assert command("--epochs", 3, "--lr", 0.01, "--batch-size", 20).exit_code == 0
     folder, _ = run_folder(tmp_path)
     lines = log_of(folder)
@@ -1483,6 +1483,11 @@ def test_eval_measures_again(command, tmp_path, small):
     x = F.interpolate(train.normalise(x, "numbers"), size=(48, 48), mode="bicubic", antialias=True)
     expected = F.cross_entropy(larger(x), y).item()
     assert f"loss {expected:.4f}, 40 images" in evaluation(folder, "--image-size", 48)
+    folded = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fold", lambda model: folded.append(fold(model)) or folded[0])
+        evaluation(folder, "--fold")
+    assert folded[0].folded
     torch.save(create("vit-nano", "mpvg").state_dict(), tmp_path / "bare.pt")
     for flags, says in (([folder / "log.jsonl"], "log.jsonl is damaged, or no checkpoint"),
                         ([tmp_path / "nowhere"], "nowhere cannot be read (No such file"),
@@ -1665,6 +1670,17 @@ def test_a_real_sweep_side_by_side(tmp_path):
         name = f"{method}-vit-nano-numbers-seed0"
         assert f"| {method}" in table and checkpoint(tmp_path / name)["epoch"] == 1
         assert "300 to train, 4,000 to test" in (tmp_path / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["eval", "report"])
+def test_data_dir_and_device_reach_eval_and_report(command, tmp_path, monkeypatch, name):
+    assert command("--model", "vit-nano", "--epochs", 1, data="cifar100").exit_code == 0
+    roots, (folder, _) = [], run_folder(tmp_path)
+    monkeypatch.setattr(train, "cifar100", lambda root, train: roots.append(root) or make_numbers(40, 2))
+    out = ["--out", str(tmp_path / "out")] if name == "report" else []
+    result = CliRunner().invoke(train.app, [name, str(folder), "--data-dir", "here", "--device", "cpu", *out])
+    assert result.exit_code == 0 and {*roots} == {Path("here")}, result.output
+    one_line(CliRunner().invoke(train.app, [name, str(folder), "--device", "abacus"]), "unknown --device 'abacus'")
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
