@@ -204,6 +204,7 @@ class ViT(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
         if self.add_input:
             x = x + self.pos_embed
+        x = x.contiguous()  # without a class token it still lies as the convolution left it, which slows every block
         for block, pe in zip(self.blocks, per_block):
             x = block(x, pe)
         x = self.norm(x)
