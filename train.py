@@ -9,6 +9,7 @@ A run is a function of its flags and seed; one that was killed goes on with --re
 in: nothing to download, a few minutes on a CPU.
 """
 import copy
+import ctypes
 import inspect
 import itertools
 import json
@@ -511,6 +512,15 @@ def flag(panel, text, *names, value=None, of=None, **limits):
     return typer.Option(value, *names, help=text, rich_help_panel=panel, show_default=of or True, **limits)
 
 
+def keep_freed_memory():
+    """Tells glibc's malloc to keep what is freed. By default it returns large blocks to the system, which hands them
+    out again page by page: on two cores that took 4 to 25 % of a training step (results/bench-notes.md)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4   # mallopt's numbers for them
+        libc.mallopt(trim_threshold, -1)                             # never trim
+        libc.mallopt(mmap_max, 0)                                    # no block is a mapping of its own
+
+
 def usable_device(name):
     """-> torch.device of --device; auto is an accelerator where there is one."""
     name = (accelerator() or "cpu") if name == "auto" else name
@@ -520,6 +530,8 @@ def usable_device(name):
         device = torch.zeros(1, device=name).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if device.type == "cpu":
+            keep_freed_memory()
         return device
     except (RuntimeError, AssertionError) as error:                  # torch without CUDA asserts
         fail(f"--device {name} cannot be used here, try --device cpu ({str(error).splitlines()[0]})")
