@@ -1,4 +1,4 @@
-"""The specification of mpvg.py and train.py: `python -m pytest`. Nothing here asserts a timing."""
+"""The specification of mpvg.py, train.py and bench.py: `python -m pytest`. Nothing here asserts a timing."""
 import argparse
 import inspect
 import itertools
@@ -7,7 +7,9 @@ import math
 import multiprocessing
 import os
 import pickle
+import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,9 +23,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import typer
 from PIL import Image, ImageEnhance, ImageOps
+from torch._dynamo.exc import TorchDynamoException
 from typer.testing import CliRunner
 
+import bench
 import mpvg
 import train
 from mpvg import METHODS, MODELS, ViT, create, fold, load_weights, resize_pos_embed
@@ -1744,6 +1749,351 @@ def test_the_figures(command, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "correlation.png", "curves.png", "last_norm.png", f"layers-{folder.name}.png", "report.json"]
     assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "out").glob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------------------ bench.py
+
+def sizes(model):
+    return {name: p.default for name, p in inspect.signature(ViT).parameters.items()} | MODELS[model]
+
+
+@pytest.mark.parametrize("model", ["vit-nano", "vit-lite", "deit-tiny"])
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_flops_and_bytes_are_those_of_the_closed_formulas(model, pool):
+    c = sizes(model)
+    D, L, h, p, side, C = (c[key] for key in ("dim", "depth", "mlp_ratio", "patch_size", "image_size", "num_classes"))
+    patches = (side // p) ** 2
+    N = patches + (pool == "cls")
+    embed = 2 * patches * 3 * p * p * D
+    forward = embed + L * (2 * N * D * D * (3 + 1 + 2 * h) + 4 * N * N * D) + 2 * D * C
+    assert bench.count_flops(c, pool, False) == forward
+    assert bench.count_flops(c, pool, True) == 3 * forward - embed          # images need no gradient
+    P = sum(parameter.numel() for parameter in ViT(**{**c, **METHODS[bench.PLAIN[pool]]}).parameters())
+    bytes_ = 2 * (P + 8 * 3 * side * side + 8 * N * L * D * (3 + 1 + 3 + 1 + 1 + 2 + 1 + h + h + 2))
+    assert bench.count_bytes(c, pool, False, 8, 2) == bytes_
+    assert bench.count_bytes(c, pool, True, 8, 2) == 3 * bytes_ + 7 * 4 * P
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm", "timm gap", "vit-pytorch", "vit-pytorch gap", "transformers"])
+def test_peers_are_models_of_the_same_size(name):
+    pytest.importorskip(bench.PEERS[name.split()[0]][0])
+    c = sizes("vit-nano") | dict(depth=2)
+    peer, pool = bench.build(name, c)
+    ours = ViT(**{**c, **METHODS[bench.PLAIN[pool]]})
+    assert pool == ("gap" if " gap" in name else "cls")
+    assert peer(images(2, (32, 32), dtype=torch.float32)).shape == (2, 100)
+    count, own = (sum(parameter.numel() for parameter in model.parameters()) for model in (peer, ours))
+    if "vit-pytorch" in name:  # no bias in qkv; two norms more, around the patch embedding
+        own += 2 * 3 * 8 * 8 + 2 * 128 - 2 * 3 * 128
+    assert count == own
+    assert bench.build("mpvg-folded", c)[0].folded and not hasattr(bench.build("mpvg", c)[0].blocks[1].pe_norm, "pe")
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """run_table() with contestants that do nothing and take the seconds that are written here, round by round."""
+    script = {"copy": [1.0, 2.0, 4.0], "matmul": [0.01, 0.02, 0.04]}
+    order = []
+
+    def enter(name, c, table, batches, s):
+        pool = "gap" if name.split()[-1] in ("gap", "mpvg", "mpvg-folded") else "cls"
+        return bench.Contestant(name, lambda: order.append(f"({name})"), pool, memory=2 ** 20)
+
+    def time(one, device):
+        order.append(one.name)
+        return script[one.name][len(one.seconds)]
+
+    monkeypatch.setattr(bench, "enter", enter)
+    monkeypatch.setattr(bench.Contestant, "time", time)
+    monkeypatch.setattr(bench.Contestant, "warm_up", lambda one, device: 1.0)
+    s = argparse.Namespace(device=torch.device("cpu"), dtype=torch.float32, batch=2, rounds=3)
+    return script, order, lambda table, names: bench.run_table(
+        table, names, sizes("vit-nano"), s, argparse.Namespace(update=lambda: 0, set_description=lambda text: 0))
+
+
+def test_contestants_take_turns_and_ratios_are_of_pairs(scripted):
+    script, order, run_table = scripted
+    script |= {"default": [0.1, 0.2, 0.4], "gap": [0.1, 0.3, 0.5], "mpvg": [0.2, 0.3, 0.2],
+               "torchvision": [0.2, 0.1, 0.8], "timm": [0.3, 0.4, 0.5], "timm gap": [0.1, 0.1, 0.1]}
+    names = ["default", "gap", "mpvg", "torchvision", "timm", "timm gap"]
+    table = run_table("inference-eager", names)
+    assert order == ["copy", "matmul", "(timm gap)", *names] * 3
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == names and rows["gap"]["seconds"] == script["gap"]
+    assert rows["mpvg"]["speed_to_plain"] == pytest.approx([1.0, 0.5, 2.5])             # beside gap
+    assert rows["default"]["speed_to_plain"] == [1, 1, 1] and rows["timm"]["speed_to_plain"][0] == pytest.approx(0.5)
+    assert rows["default"]["best_peer"] == "torchvision" and rows["mpvg"]["best_peer"] == "timm gap"
+    assert rows["default"]["speed_to_best_peer"] == pytest.approx([2.0, 0.5, 2.0])
+    assert rows["timm"]["images_per_second"] == pytest.approx(2 / 0.4)
+    assert rows["timm"]["milliseconds"] == pytest.approx([400, 300, 500])
+    flops, moved = rows["gap"]["flops_per_image"] * 2, rows["gap"]["bytes_per_step"]
+    assert flops == 2 * bench.count_flops(sizes("vit-nano"), "gap", False)
+    operations, copied = 2 * 2048 ** 3, 2 * 4 * 2 ** 26
+    assert rows["gap"]["share_of_peak"] == pytest.approx(flops / operations * 0.04 / 0.5)
+    assert rows["gap"]["share_of_roofline"] == pytest.approx(moved / copied * 4.0 / 0.5)    # this copy bounds more
+    assert table["matmul_flops"] == pytest.approx(operations / 0.02) and table["copy_bytes"] == copied / 2.0
+
+    text = bench.as_text("inference-eager", table)
+    assert re.search(r"mpvg +1\.000 \(0\.50-2\.50\) +0\.500 \(0\.33-0\.50\)", text) and "400.0 (300.0-500.0)" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_tables_without_a_rival_leave_it_out_and_folded_models_do_not_train(scripted):
+    script, _, run_table = scripted
+    script |= {"lape": [0.1] * 3, "mpvg": [0.1] * 3, "mpvg-folded": [0.1] * 3}
+    table = run_table("training-eager", ["lape", "mpvg", "mpvg-folded"])
+    assert [row["name"] for row in table["rows"]] == ["lape", "mpvg"]
+    for row in table["rows"]:
+        assert row["speed_to_plain"] is row["speed_to_best_peer"] is row["best_peer"] is None
+    assert table["rows"][0]["flops_per_image"] == bench.count_flops(sizes("vit-nano"), "cls", True)
+
+
+class Probe(torch.nn.Module):
+    """Notes what reaches it; `surprise` is what its compilation meets."""
+
+    def __init__(self, surprise):
+        super().__init__()
+        self.fc, self.calls, self.seen, self.surprise = torch.nn.Linear(3, 5), 0, [], surprise
+
+    def forward(self, x):
+        if self.surprise == "break":
+            torch._dynamo.graph_break()
+        if self.surprise == "again" and self.calls < 2:
+            self.calls += 1                                                     # another constant: another graph
+        if not torch.compiler.is_compiling():
+            self.seen.append((x.dtype, x.data_ptr(), self.training, torch.is_autocast_enabled("cpu")))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """bench.enter() with a Probe for the model, compiled (by a backend that is quick) -> (probe, contestant)."""
+    plain, compiled = torch.compile, []
+
+    def compile_(f, **options):
+        compiled.append(options | dict(freezing=torch._inductor.config.freezing))
+        return plain(f, backend="eager", **options)
+
+    def enter(table, dtype="float32", name="gap", surprise=None, freeze=False):
+        model, training = Probe(surprise), table.startswith("training")
+        monkeypatch.setattr(bench, "build", lambda *_: (model, "gap"))
+        x = torch.randn(3, 4, 3, 2, 2, dtype=torch.float32 if training else getattr(torch, dtype))
+        s = argparse.Namespace(device=torch.device("cpu"), dtype=getattr(torch, dtype), mode="default", freeze=freeze)
+        return model, bench.enter(name, {}, table, list(zip(x, torch.arange(12).view(3, 4) % 5)), s)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch._inductor.config, "freezing", False)
+    enter.options = compiled
+    return enter
+
+
+def test_inference_has_weights_of_the_dtype_and_training_autocast_and_an_optimizer(probe):
+    torch.manual_seed(0)
+    start = torch.nn.Linear(3, 5).weight
+    for dtype in ("bfloat16", "float32"):
+        model, one = probe("inference-eager", dtype)
+        assert {seen[0] for seen in model.seen} == {model.fc.weight.dtype} == {getattr(torch, dtype)}
+        assert not any(seen[2] or seen[3] for seen in model.seen)
+        places = [seen[1] for seen in model.seen]
+        assert len(set(places[:3])) == 3 and places[3:] == places[:-3]          # inputs in turn
+        assert torch.equal(model.fc.weight.float(), start.to(getattr(torch, dtype)).float())
+        assert one.memory > 20 * model.fc.weight.itemsize and one.compile_seconds is None and one.notes == []
+
+        model, one = probe("training-eager", dtype)
+        assert {seen[0] for seen in model.seen} == {model.fc.weight.dtype} == {torch.float32}
+        assert {seen[2:] for seen in model.seen} == {(True, dtype == "bfloat16")}
+        assert not torch.equal(model.fc.weight, start) and model.fc.weight.grad is None
+        assert one.memory > 3 * 20 * 4                                          # two moments for each parameter
+    assert probe.options == []
+
+
+def test_our_models_are_compiled_strictly_and_what_breaks_is_said(probe):
+    _, one = probe("training-compiled", freeze=True)
+    assert one.notes == [] and one.compile_seconds >= 0
+    assert probe.options.pop() == dict(fullgraph=True, dynamic=False, mode="default", freezing=False)
+    _, one = probe("inference-compiled", freeze=True)
+    assert one.notes == [] and probe.options.pop()["freezing"]
+    probe("inference-compiled", name="timm gap")
+    assert probe.options.pop() == dict(fullgraph=False, dynamic=False, mode="default", freezing=False)
+    with pytest.raises(TorchDynamoException):
+        probe("inference-compiled", surprise="break")
+    _, one = probe("inference-compiled", surprise="break", name="torchvision")
+    assert "1 graph breaks" in one.notes
+    _, one = probe("inference-compiled", surprise="again")
+    assert one.notes == ["3 compiled graphs"]
+    _, one = probe("inference-compiled")                                        # others' graphs are not its own
+    assert one.notes == []
+
+
+def test_a_skipped_cuda_graph_is_noticed(probe, monkeypatch):
+    quick = torch.compile
+
+    def skips(f, **options):
+        once, compiled = iter([1]), quick(f, **options)
+
+        def call(*x):
+            bench.counters["inductor"]["cudagraph_skips"] += next(once, 0)
+            return compiled(*x)
+        return call
+
+    monkeypatch.setattr(torch, "compile", skips)
+    _, one = probe("inference-compiled")
+    assert one.notes == ["1 skipped CUDA graphs"]
+
+
+def test_a_late_recompilation_is_an_error_for_ours_and_a_mark_for_a_peer(scripted, monkeypatch, capsys):
+    script, _, run_table = scripted
+    script |= {"gap": [0.1] * 3, "timm gap": [0.1] * 3}
+    time = bench.Contestant.time
+
+    def again(one, device):
+        bench.counters["stats"]["unique_graphs"] += one.name == culprit and len(one.seconds) == 1
+        return time(one, device)
+
+    monkeypatch.setattr(bench.Contestant, "time", again)
+    culprit = "timm gap"
+    table = run_table("inference-compiled", ["gap", "timm gap"])
+    assert table["notes"] == ["timm gap: compiled again while it was timed"]
+    culprit = "gap"
+    with pytest.raises(typer.Exit):
+        run_table("inference-compiled", ["gap", "timm gap"])
+    assert "did not keep gap in one piece: compiled again" in capsys.readouterr().err
+
+
+def test_memory_is_what_is_held_and_what_a_call_allocates():
+    def call():
+        first = torch.ones(2 ** 18)                                             # 1 MiB
+        second = torch.ones(2 ** 19)
+        del first, second
+        torch.ones(2 ** 17)
+
+    memory, attention = bench.look_inside(call, 1000, torch.device("cpu"))
+    assert 3 * 2 ** 20 + 1000 <= memory < 3.2 * 2 ** 20 and attention is None
+    model = tiny()
+    _, attention = bench.look_inside(lambda: model(images()), 0, torch.device("cpu"))
+    assert attention.startswith("_scaled_dot_product_")
+
+
+@pytest.fixture
+def timing(monkeypatch, tmp_path):
+    """bench.py's command -> its result; the tables are not run but noted in `timing.seen`, if not `real`."""
+    def run(*flags, real=False):
+        if not real:
+            monkeypatch.setattr(bench, "run_table", lambda table, names, c, s, bar: run.seen.append(
+                argparse.Namespace(table=table, names=names, c=c, **vars(s))) or dict(
+                    rows=[], notes=[], attention=None, matmul_flops=1.0, copy_bytes=1.0))
+        return CliRunner().invoke(bench.app, ["--device", "cpu", *map(str, flags)])
+    run.seen = []
+    return run
+
+
+def test_every_flag_of_bench_has_its_effect(timing, monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda module: None if module == "vit_pytorch" else True)
+
+    def seen(*flags):
+        timing.seen.clear()
+        result = timing(*flags)
+        assert result.exit_code == 0, result.output
+        return timing.seen[0]
+
+    plain = seen()
+    assert [one.table for one in timing.seen] == list(bench.TABLES)
+    assert plain.names == ["default", "gap", "lape", "pvg", "mpvg", "mpvg-folded", "torchvision", "timm", "timm gap",
+                           "transformers"]
+    assert plain.c == sizes("deit-tiny") | dict(attn_drop=0.0, drop_path=0.0)
+    assert (plain.batch, plain.dtype, plain.mode, plain.rounds) == (16, torch.float32, "default", 20)
+    assert plain.freeze is False
+    quick = seen("--quick")
+    assert [one.table for one in timing.seen] == list(bench.TABLES[:3]) and quick.c["depth"] == 4 and quick.rounds == 3
+    assert quick.names == ["default", "mpvg", "torchvision"]
+    assert seen("--quick", "--methods", "gap,lape-folded").names == ["gap", "lape-folded", "torchvision"]
+    assert seen("--quick", "--peers", "none").names == ["default", "mpvg"]
+    assert seen("--methods", "mpvg", "--peers", "timm, torchvision").names == ["mpvg", "timm gap"]
+    assert seen("--model", "vit-lite").c == sizes("vit-lite") | dict(attn_drop=0.0, drop_path=0.0) and plain.batch == 16
+    assert seen("--model", "vit-lite").batch == 128 and seen("--batch", 3).batch == 3
+    assert seen("--model", "vit-lite", "--dropout").c == sizes("vit-lite")
+    assert seen("--dtype", "bf16").dtype == torch.bfloat16 and seen("--rounds", 4).rounds == 4
+    assert seen("--freeze").freeze is True
+    assert seen("--mode", "max-autotune-no-cudagraphs").mode == "max-autotune-no-cudagraphs"
+    assert seen("--tables", "training-eager").table == "training-eager" and len(timing.seen) == 1
+    assert timing("--device", "nowhere").exit_code == 2
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--model", "vit"], "unknown --model 'vit': choose from vit-lite"),
+    (["--methods", "gap,mpgv"], "unknown --methods 'mpgv': choose from default"),
+    (["--peers", "timn"], "unknown --peers 'timn': choose from torchvision"),
+    (["--tables", "training"], "unknown --tables 'training': choose from inference-eager"),
+    (["--mode", "reduce-overhead"], "--mode reduce-overhead is CUDA graphs and the device is cpu: take"),
+    (["--methods", "mpvg-folded"], "folded models are for inference: leave"),
+    (["--json", "{file}/x.json"], "--json"),
+])
+def test_what_bench_cannot_do_ends_in_one_line_before_it_begins(timing, tmp_path, flags, says):
+    (tmp_path / "file").touch()
+    one_line(timing(*(flag.format(file=tmp_path / "file") for flag in flags)), says)
+    assert timing.seen == []
+
+
+def test_a_missing_peer_is_named_and_left_out_and_a_failing_one_too(timing, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "find_spec", lambda module: None if module == "timm" else True)
+
+    def broken(c, pool):
+        raise RuntimeError("no such model\nand more")
+
+    monkeypatch.setitem(bench.PEERS, "transformers", ("transformers", broken, ("cls",)))
+    result = timing("--quick", "--peers", "timm,transformers", "--methods", "default", "--tables", "inference-eager",
+                    "--json", tmp_path / "new" / "x.json", real=True)
+    assert result.exit_code == 0 and "timm is not installed and left out" in result.output
+    assert "transformers failed and is left out: no such model\n" in result.output
+    saved = json.loads((tmp_path / "new" / "x.json").read_text())
+    (row,) = saved["tables"]["inference-eager"]["rows"]
+    assert saved["missing"] == ["timm"] and row["name"] == "default"
+
+
+def test_a_graph_break_in_our_model_is_refused(timing, monkeypatch, tmp_path):
+    forward = mpvg.Block.forward
+
+    def planted(block, x, pe=None):
+        torch._dynamo.graph_break()
+        return forward(block, x, pe)
+
+    monkeypatch.setattr(mpvg.Block, "forward", planted)
+    for table in ("inference-compiled", "training-compiled"):
+        result = timing("--quick", "--methods", "gap", "--peers", "none", "--tables", table,
+                        "--json", tmp_path / "x.json", real=True)
+        assert result.exit_code == 2 and f"error: {table}: gap does not compile as one graph: " in result.stderr
+        assert not (tmp_path / "x.json").exists()
+
+
+def test_quick_from_end_to_end_and_json_holds_what_is_printed(tmp_path):
+    done = subprocess.run([sys.executable, "bench.py", "--quick", "--device", "cpu", "--json", tmp_path / "x.json"],
+                          cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "x.json").read_text())
+    header, *tables = done.stdout.split("\n\n")
+    assert header == ", ".join(f"{key} {value}" for key, value in saved["header"].items())
+    assert saved["header"]["torch"] == torch.__version__ and saved["header"]["model"] == "vit-nano"
+    assert [text.rstrip("\n") for text in tables] == [bench.as_text(*item) for item in saved["tables"].items()]
+    assert max(len(line) for text in tables for line in text.splitlines()) <= 100
+    assert list(saved["tables"]) == list(bench.TABLES[:3])
+    for name, table in saved["tables"].items():
+        assert [row["name"] for row in table["rows"]] == ["default", "mpvg", "torchvision"] and table["notes"] == []
+        for row in table["rows"]:
+            assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0 and row["memory_bytes"] > 4 * 567_780
+            assert 0 < row["share_of_peak"] <= row["share_of_roofline"]
+            assert (row["compile_seconds"] is not None) == name.endswith("compiled")
+        assert "scaled_dot_product" in table["attention"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_kept_on_the_cpu():
+    train.usable_device("cpu")
+    torch.ones(2 ** 24)                                                         # 64 MiB, 16,384 pages of 4 KiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2 ** 24)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
+
 
 
 # ------------------------------------------------------------------------------------------------- README, --help
