@@ -178,7 +178,8 @@ def look_inside(call, held, device):
         torch.cuda.reset_peak_memory_stats()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         call()
-    attention = [e.key.removeprefix("aten::") for e in trace.key_averages() if "_scaled_dot_product" in e.key]
+    kernel = "aten::_scaled_dot_product_"
+    attention = [e.key.removeprefix(kernel) for e in trace.key_averages() if e.key.startswith(kernel)]
     if device.type == "cuda":
         return held + torch.cuda.max_memory_allocated() - before, min(attention, default=None)
     with tempfile.TemporaryDirectory() as folder:
@@ -208,8 +209,8 @@ def enter(name, c, table, batches, s):
     if compiled:
         # Graphs are kept by code object. With one of its own, no contestant is slowed down by the guards of others.
         forward.__code__ = forward.__code__.replace(co_name=re.sub(r"\W", "_", name))
-        forward = torch.compile(forward, fullgraph=not is_peer(name), dynamic=False, mode=s.mode)
         torch._inductor.config.freezing = s.freeze and not training
+        forward = torch.compile(forward, fullgraph=not is_peer(name), dynamic=False, mode=s.mode)
     batches = itertools.cycle(batches)                               # in turn, so that no cache holds them
 
     def call():
@@ -315,15 +316,15 @@ def as_text(table, result):
 
     lines = [f"{table}: matrix product {result['matmul_flops'] / 1e9:,.0f} GFLOP/s, copy "
              f"{result['copy_bytes'] / 1e9:,.1f} GB/s, {result['attention']}",
-             f"{'':<15} {'x plain':<17} {'x best peer':<17} peak roof images/s {'ms (min-max)':<17}  MiB compile"]
+             f"{'':<15} {'x plain':<17} {'x best peer':<17} peak roof images/s {'ms (min-max)':<16}   MiB comp s"]
     for row in result["rows"]:
-        digits = 0 if row["milliseconds"][0] >= 1000 else 1
+        digits = 0 if row["milliseconds"][0] >= 100 else 1
         ms = "{:.{d}f} ({:.{d}f}-{:.{d}f})".format(*row["milliseconds"], d=digits)
         memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2 ** 20:.0f}"
-        compiled = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s"
+        compiled = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f}"
         lines.append(f"{row['name']:<15} {ratio(row['speed_to_plain']):<17} {ratio(row['speed_to_best_peer']):<17} "
                      f"{row['share_of_peak']:>4.0%} {row['share_of_roofline']:>4.0%} {row['images_per_second']:>8,.1f} "
-                     f"{ms:<19} {memory:>5} {compiled:>7}")
+                     f"{ms:<16} {memory:>5} {compiled:>6}")
     return "\n".join(lines + [f"  {note}" for note in result["notes"]])
 
 

@@ -1834,7 +1834,7 @@ def test_contestants_take_turns_and_ratios_are_of_pairs(scripted):
     assert table["matmul_flops"] == pytest.approx(operations / 0.02) and table["copy_bytes"] == copied / 2.0
 
     text = bench.as_text("inference-eager", table)
-    assert re.search(r"mpvg +1\.000 \(0\.50-2\.50\) +0\.500 \(0\.33-0\.50\)", text) and "400.0 (300.0-500.0)" in text
+    assert re.search(r"mpvg +1\.000 \(0\.50-2\.50\) +0\.500 \(0\.33-0\.50\)", text) and "400 (300-500)" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -1854,6 +1854,7 @@ class Probe(torch.nn.Module):
     def __init__(self, surprise):
         super().__init__()
         self.fc, self.calls, self.seen, self.surprise = torch.nn.Linear(3, 5), 0, [], surprise
+        self.start = self.fc.weight.detach().clone()
 
     def forward(self, x):
         if self.surprise == "break":
@@ -1882,27 +1883,25 @@ def probe(monkeypatch):
         return model, bench.enter(name, {}, table, list(zip(x, torch.arange(12).view(3, 4) % 5)), s)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(torch._inductor.config, "freezing", False)
     enter.options = compiled
-    return enter
+    with torch._inductor.config.patch(freezing=False):
+        yield enter
 
 
 def test_inference_has_weights_of_the_dtype_and_training_autocast_and_an_optimizer(probe):
-    torch.manual_seed(0)
-    start = torch.nn.Linear(3, 5).weight
     for dtype in ("bfloat16", "float32"):
         model, one = probe("inference-eager", dtype)
         assert {seen[0] for seen in model.seen} == {model.fc.weight.dtype} == {getattr(torch, dtype)}
         assert not any(seen[2] or seen[3] for seen in model.seen)
         places = [seen[1] for seen in model.seen]
         assert len(set(places[:3])) == 3 and places[3:] == places[:-3]          # inputs in turn
-        assert torch.equal(model.fc.weight.float(), start.to(getattr(torch, dtype)).float())
+        assert torch.equal(model.fc.weight, model.start.to(getattr(torch, dtype)))
         assert one.memory > 20 * model.fc.weight.itemsize and one.compile_seconds is None and one.notes == []
 
         model, one = probe("training-eager", dtype)
         assert {seen[0] for seen in model.seen} == {model.fc.weight.dtype} == {torch.float32}
         assert {seen[2:] for seen in model.seen} == {(True, dtype == "bfloat16")}
-        assert not torch.equal(model.fc.weight, start) and model.fc.weight.grad is None
+        assert not torch.equal(model.fc.weight, model.start) and model.fc.weight.grad is None
         assert one.memory > 3 * 20 * 4                                          # two moments for each parameter
     assert probe.options == []
 
@@ -1971,7 +1970,7 @@ def test_memory_is_what_is_held_and_what_a_call_allocates():
     assert 3 * 2 ** 20 + 1000 <= memory < 3.2 * 2 ** 20 and attention is None
     model = tiny()
     _, attention = bench.look_inside(lambda: model(images()), 0, torch.device("cpu"))
-    assert attention.startswith("_scaled_dot_product_")
+    assert "attention" in attention
 
 
 @pytest.fixture
@@ -2082,13 +2081,14 @@ def test_quick_from_end_to_end_and_json_holds_what_is_printed(tmp_path):
             assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0 and row["memory_bytes"] > 4 * 567_780
             assert 0 < row["share_of_peak"] <= row["share_of_roofline"]
             assert (row["compile_seconds"] is not None) == name.endswith("compiled")
-        assert "scaled_dot_product" in table["attention"]
+        assert "attention" in table["attention"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_freed_memory_is_kept_on_the_cpu():
     train.usable_device("cpu")
-    torch.ones(2 ** 24)                                                         # 64 MiB, 16,384 pages of 4 KiB
+    for _ in range(8):
+        torch.ones(2 ** 24)                                                     # 64 MiB, 16,384 pages of 4 KiB
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
         torch.ones(2 ** 24)
