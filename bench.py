@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
 from statistics import median
@@ -78,11 +78,9 @@ def transformers_vit(c, pool):
         intermediate_size=int(c["dim"] * c["mlp_ratio"]), attn_implementation="sdpa"))
 
 
-PEERS = {  # library: its module, its ViT at our sizes, its poolings
-    "torchvision": ("torchvision", torchvision_vit, ("cls",)),
-    "timm": ("timm", timm_vit, ("cls", "gap")),
-    "vit-pytorch": ("vit_pytorch", vit_pytorch_vit, ("cls", "gap")),
-    "transformers": ("transformers", transformers_vit, ("cls",)),
+PEERS = {  # package: its ViT at our sizes, its poolings
+    "torchvision": (torchvision_vit, ["cls"]), "timm": (timm_vit, ["cls", "gap"]),
+    "vit-pytorch": (vit_pytorch_vit, ["cls", "gap"]), "transformers": (transformers_vit, ["cls"]),
 }
 
 
@@ -90,11 +88,19 @@ def is_peer(name):
     return name.split()[0] in PEERS
 
 
+def installed(peer):
+    """-> its version, or None."""
+    try:
+        return version(peer)
+    except PackageNotFoundError:
+        return None
+
+
 def build(name, c):
     """-> model, pooling. Names: of METHODS, METHOD-folded, LIBRARY, "LIBRARY gap"."""
     if is_peer(name):
         library, _, pool = name.partition(" ")
-        return PEERS[library][1](c, pool or "cls"), pool or "cls"
+        return PEERS[library][0](c, pool or "cls"), pool or "cls"
     method = METHODS[name.removesuffix("-folded")]
     model = ViT(**{**c, **method})
     return fold(model.eval()) if name.endswith("-folded") else model, method["pool"]
@@ -245,6 +251,9 @@ def run_table(table, names, c, s, bar):
     count = max(2, min(64, 2 ** 25 // (s.batch * 3 * side ** 2)))    # of batches, small ones too: 128 MiB
     batches = [(torch.randn(s.batch, 3, side, side, device=s.device, dtype=torch.float32 if training else s.dtype),
                 torch.randint(c["num_classes"], (s.batch,), device=s.device)) for _ in range(count)]
+    matmul, operations, copy, copied = limits(s.device, s.dtype)
+    for limit in (copy, matmul):
+        limit.warm_up(s.device)
     entered, notes = [], []
     for name in names:
         bar.update()
@@ -263,9 +272,6 @@ def run_table(table, names, c, s, bar):
                 fail(f"{table}: {name} does not compile as one graph: {reason}")
             else:
                 raise
-    matmul, operations, copy, copied = limits(s.device, s.dtype)
-    for limit in (copy, matmul):
-        limit.warm_up(s.device)
     for _ in range(s.rounds):
         for limit in (copy, matmul):
             limit.seconds.append(limit.time(s.device))
@@ -390,12 +396,14 @@ def bench(
     batch = batch or (128 if c["image_size"] == 32 else 16 if device.type == "cpu" else 256)
     s = SimpleNamespace(device=device, batch=batch, mode=mode, freeze=freeze, rounds=rounds or (3 if quick else 20),
                         dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])
-    missing = [peer for peer in peers if find_spec(PEERS[peer][0]) is None]
+    versions = {peer: installed(peer) for peer in peers}
+    missing = [peer for peer in peers if versions[peer] is None]
     pools = {METHODS[name.removesuffix("-folded")]["pool"] for name in names}
     names += [peer if pool == "cls" else f"{peer} gap" for peer in peers if peer not in missing
-              for pool in PEERS[peer][2] if pool in pools]
+              for pool in PEERS[peer][1] if pool in pools]
     header = environment(device) | dict(model=model, batch=batch, dtype=dtype, mode=mode, freeze=freeze,
                                         dropout=dropout, rounds=s.rounds)
+    header |= {peer: versions[peer] for peer in peers if peer not in missing}
     if device.type == "cuda":
         header |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
     typer.echo(", ".join(f"{key} {value}" for key, value in header.items()))
