@@ -324,8 +324,7 @@ def as_text(table, result):
              f"{result['copy_bytes'] / 1e9:,.1f} GB/s, {result['attention']}",
              f"{'':<15} {'x plain':<17} {'x best peer':<17} peak roof images/s {'ms (min-max)':<16}   MiB comp s"]
     for row in result["rows"]:
-        digits = 0 if row["milliseconds"][0] >= 100 else 1
-        ms = "{:.{d}f} ({:.{d}f}-{:.{d}f})".format(*row["milliseconds"], d=digits)
+        ms = "{} ({}-{})".format(*(f"{t:.0f}" if t >= 100 else f"{t:.1f}" for t in row["milliseconds"]))
         memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2 ** 20:.0f}"
         compiled = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f}"
         lines.append(f"{row['name']:<15} {ratio(row['speed_to_plain']):<17} {ratio(row['speed_to_best_peer']):<17} "
