@@ -1,6 +1,6 @@
 """How fast? The methods beside each other, beside other libraries' ViTs and beside the machine's limit, in one run.
 
-    python bench.py                                      # DeiT-Ti: every method and every peer that is installed
+    python bench.py                                      # DeiT-Ti: the paper's methods, every peer that is installed
     python bench.py --quick                              # a first look, under a minute on two CPU cores
     python bench.py --model vit-lite --tables training-eager,training-compiled
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --freeze --json FILE
@@ -13,9 +13,8 @@ import json
 import math
 import os
 import re
-import tempfile
+import textwrap
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +38,7 @@ from mpvg import METHODS, MODELS, ViT, fold
 from train import environment, fail, flag, make_folder, parameter_groups, save, step_functions, usable_device
 
 TABLES = ("inference-eager", "inference-compiled", "training-eager", "training-compiled")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")                    # the modes of torch.compile that use them
 PLAIN = dict(cls="default", gap="gap")  # by pooling, the method without layer-wise PE: the cost of PE is measured on it
 
 
@@ -119,23 +119,24 @@ def count_flops(c, pool, training):
 
 
 def count_bytes(c, pool, training, batch, itemsize):
-    """-> bytes that a step of the plain method moves at least, where all else is fused into the matrix products.
+    """-> about the bytes that a step of the plain method moves where all else is fused into the matrix products.
 
-    Forward: weights and images are read once. Per token and block, qkv reads D values and writes 3 D; attention 3 D
-    and D; its projection D and the stream, and D; fc1 D and h D; fc2 h D and the stream, and D: (14 + 2 h) D, where h
-    is the MLP ratio. Training: three times that; and AdamW reads p, g, m, v and writes p, m, v, in float32.
+    Forward: weights and images are read once, in training as float32. Per token and block, qkv reads D values and
+    writes 3 D; attention 3 D and D; its projection D and the stream, and D; fc1 D and h D; fc2 h D and the stream, and
+    D: (14 + 2 h) D, where h is the MLP ratio. Training: three times that; AdamW reads p, g, m, v and writes p, m, v.
     """
     with torch.device("meta"):
         model = ViT(**{**c, **METHODS[PLAIN[pool]]})
     parameters, tokens = sum(p.numel() for p in model.parameters()), model.pos_embed.shape[1]
     activations = batch * tokens * c["depth"] * (14 + 2 * c["mlp_ratio"]) * c["dim"]
-    forward = itemsize * (parameters + batch * 3 * c["image_size"] ** 2 + activations)
+    once = (4 if training else itemsize) * (parameters + batch * 3 * c["image_size"] ** 2)
+    forward = once + itemsize * activations
     return int(3 * forward + 28 * parameters if training else forward)
 
 
 def limits(device, dtype):
     """-> a large matrix product, its operations, a large copy, its bytes read and written: what the machine can do."""
-    side, size = (2048, 2 ** 26) if device.type == "cpu" else (8192, 2 ** 29)
+    side, size = (2048, 2 ** 26) if device.type == "cpu" else (8192, 2 ** 27)
     a, b, c = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(3))
     x, y = (torch.ones(size, device=device, dtype=dtype) for _ in range(2))
     return (Contestant("matmul", lambda: torch.mm(a, b, out=c)), 2 * side ** 3,
@@ -158,11 +159,12 @@ class Contestant:
 
     def time(self, device):
         """-> seconds a call."""
+        synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+        synchronize()                                                # what others have started is not its work
         start = time.perf_counter()
         for _ in range(self.repeat):
             self.call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
+        synchronize()
         return (time.perf_counter() - start) / self.repeat
 
     def warm_up(self, device):
@@ -176,30 +178,28 @@ class Contestant:
 
 
 def look_inside(call, held, device):
-    """-> (memory, attention) of a call: bytes at the most, with the `held` bytes that live longer; torch's attention
-    kernel. None for what torch does not tell: the peak on other devices, a kernel within a CUDA graph."""
+    """-> (memory, attention) of a call: bytes at the most, with the `held` bytes that live longer (None: torch does not
+    tell for this device); the name of torch's attention kernel (None: another one, or within a CUDA graph)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")                   # the profiler is chatty
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         call()
-    kernel = "aten::_scaled_dot_product_"
-    attention = [e.key.removeprefix(kernel) for e in trace.key_averages() if e.key.startswith(kernel)]
+    kernel, memory = "aten::_scaled_dot_product_", None
+    names = [e.key.removeprefix(kernel) for e in trace.key_averages() if e.key.startswith(kernel)]
     if device.type == "cuda":
-        return held + torch.cuda.max_memory_allocated() - before, min(attention, default=None)
-    with tempfile.TemporaryDirectory() as folder:
-        trace.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    allocated = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
-    return held + max(allocated, default=0) if device.type == "cpu" else None, min(attention, default=None)
+        memory = held + torch.cuda.max_memory_allocated() - before
+    elif device.type == "cpu":
+        changes = [e.nbytes() for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+        memory = held + max(itertools.accumulate(changes), default=0)
+    return memory, min(names, default=None)
 
 
 def compiler_events():
     """-> what torch.compile has done in this process so far."""
-    return Counter({"compiled graphs": counters["stats"]["unique_graphs"],
-                    "graph breaks": counters["graph_break"].total(),
-                    "skipped CUDA graphs": counters["inductor"]["cudagraph_skips"]})
+    return {"compiled graphs": counters["stats"]["unique_graphs"], "graph breaks": counters["graph_break"].total(),
+            "skipped CUDA graphs": counters["inductor"]["cudagraph_skips"]}
 
 
 def enter(name, c, table, batches, s):
@@ -234,21 +234,22 @@ def enter(name, c, table, batches, s):
     first = one.time(s.device)
     steady = one.warm_up(s.device)
     one.compile_seconds = max(0.0, first - steady) if compiled else None
-    happened = compiler_events() - before                            # without what did not happen
-    if happened["compiled graphs"] == 1:
-        del happened["compiled graphs"]                              # as it should be
-    one.notes = [f"{count} {what}" for what, count in happened.items()]
+    happened = {what: count - before[what] for what, count in compiler_events().items()}
+    if compiled:                                                     # one graph, and nothing else, is as it should be
+        one.notes = [f"{count} {what}" for what, count in happened.items() if count != (what == "compiled graphs")]
     held = [*model.parameters(), *model.buffers()]
     if training:
         held += [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     one.memory, one.attention = look_inside(call, sum(tensor.nbytes for tensor in held), s.device)
+    if compiled and s.mode in CUDA_GRAPHS:
+        one.memory = None                                            # it lies in a pool of the graph's own
     return one
 
 
 def run_table(table, names, c, s, bar):
     """-> plain values: "rows", a dict each, "notes", and the limit that was measured in the same rounds."""
     training, side = table.startswith("training"), c["image_size"]
-    count = max(2, min(64, 2 ** 25 // (s.batch * 3 * side ** 2)))    # of batches, small ones too: 128 MiB
+    count = max(2, min(64, 2 ** 25 // (s.batch * 3 * side ** 2)))    # of batches: more than a cache holds
     batches = [(torch.randn(s.batch, 3, side, side, device=s.device, dtype=torch.float32 if training else s.dtype),
                 torch.randint(c["num_classes"], (s.batch,), device=s.device)) for _ in range(count)]
     matmul, operations, copy, copied = limits(s.device, s.dtype)
@@ -262,14 +263,12 @@ def run_table(table, names, c, s, bar):
         bar.set_description(f"{table}: {name}")
         try:
             entered.append(enter(name, c, table, batches, s))
-        except torch.OutOfMemoryError:
-            fail(f"{table}: no memory left for {name}: take a smaller --batch, fewer --methods or fewer --peers")
         except Exception as error:                                   # other libraries, and compilers, fail in any way
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if is_peer(name):
                 notes.append(f"{name} failed and is left out: {reason}")
             elif isinstance(error, TorchDynamoException):
-                fail(f"{table}: {name} does not compile as one graph: {reason}")
+                fail(f"{table}: {name} did not compile as one graph: {reason}")
             else:
                 raise
     for _ in range(s.rounds):
@@ -298,17 +297,19 @@ def run_table(table, names, c, s, bar):
     rows = []
     for one in entered:
         flops, moved = counted[one.pool]
-        plain = next((other for other in entered if other.name == PLAIN[one.pool]), None)
+        plain = next((other for name in (PLAIN[one.pool], *PLAIN.values()) for other in entered if other.name == name),
+                     None)
         best = min((other for other in entered if other.pool == one.pool and is_peer(other.name)),
-                   key=lambda other: median(other.seconds), default=None)
+                   key=lambda other: speed(one, other)[0], default=None)
         rows.append(dict(
-            name=one.name, speed_to_plain=speed(one, plain), speed_to_best_peer=speed(one, best),
+            name=one.name, plain=plain and plain.name, best_peer=best and best.name,
+            speed_to_plain=speed(one, plain), speed_to_best_peer=speed(one, best),
             share_of_peak=median(flops / operations * m / t for m, t in zip(matmul.seconds, one.seconds)),
             share_of_roofline=median(max(flops / operations * m, moved / copied * b) / t
                                      for m, b, t in zip(matmul.seconds, copy.seconds, one.seconds)),
             images_per_second=s.batch / median(one.seconds), milliseconds=[1000 * t for t in spread(one.seconds)],
-            memory_bytes=one.memory, compile_seconds=one.compile_seconds, best_peer=best and best.name,
-            attention=one.attention, flops_per_image=flops // s.batch, bytes_per_step=moved, seconds=one.seconds))
+            memory_bytes=one.memory, compile_seconds=one.compile_seconds, attention=one.attention,
+            flops_per_image=flops // s.batch, bytes_per_step=moved, seconds=one.seconds))
     return dict(matmul_flops=operations / median(matmul.seconds), copy_bytes=copied / median(copy.seconds),
                 attention=entered[0].attention, rows=rows, notes=notes)
 
@@ -321,7 +322,7 @@ def as_text(table, result):
         return "{:.3f} ({:.2f}-{:.2f})".format(*value) if value else "-"
 
     lines = [f"{table}: matrix product {result['matmul_flops'] / 1e9:,.0f} GFLOP/s, copy "
-             f"{result['copy_bytes'] / 1e9:,.1f} GB/s, {result['attention']}",
+             f"{result['copy_bytes'] / 1e9:,.1f} GB/s, {result['attention'] or 'attention kernel unknown'}",
              f"{'':<15} {'x plain':<17} {'x best peer':<17} peak roof images/s {'ms (min-max)':<16}   MiB comp s"]
     for row in result["rows"]:
         ms = "{} ({}-{})".format(*(f"{t:.0f}" if t >= 100 else f"{t:.1f}" for t in row["milliseconds"]))
@@ -356,8 +357,8 @@ def bench(
                        "Each can still be given.", "--quick", value=False),
     batch: int | None = flag("How", "Images a step.", of="128 of 32 x 32; else 256 with an accelerator, 16 without",
                              min=1),
-    dtype: Literal["bf16", "fp32"] | None = flag("How", "bf16: of the weights at inference, autocast in training.",
-                                                 of="bf16 with CUDA, else fp32"),
+    dtype: Literal["bf16", "fp32"] | None = flag("How", "bf16: of the weights at inference, autocast in training; "
+                                                 "very slow on a CPU that has none.", of="bf16 with CUDA, else fp32"),
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
         "How", "Of torch.compile.", value="default"),
     freeze: bool = flag("How", "Weights become constants of compiled inference.", "--freeze", value=False),
@@ -369,25 +370,30 @@ def bench(
 ):
     """Times our methods, other libraries' ViTs and the machine itself in turn: inference and training, eager, compiled.
 
-    x plain: speed beside our plain method of the same pooling, default (class token) or gap. x best peer: beside the
-    fastest of the other libraries' models of that pooling; above 1 is faster. peak: share of the speed of a large
-    matrix product. roof: of the roofline, which knows what must be moved as well. MiB: memory at the most.
+    x plain: speed beside our plain method of the same pooling, default (class token) or gap; beside the other one where
+    it is not among the methods. x best peer: beside the other library's model of that pooling that comes out best;
+    above 1 is faster. peak: share of the speed of a large
+    matrix product. roof: of the roofline, which knows what must be moved as well. MiB: memory at the most. comp s:
+    seconds of the first call, little where torch has the graph in its cache on disk.
     """
-    model = model or ("vit-nano" if quick else "deit-tiny")
+    model = ("vit-nano" if quick else "deit-tiny") if model is None else model
     if model not in MODELS:
         fail(f"unknown --model {model!r}: choose from {', '.join(MODELS)}")
-    names = words("--methods", methods or ("default,mpvg" if quick else "default,gap,lape,pvg,mpvg,mpvg-folded"),
-                  [*METHODS, *(f"{name}-folded" for name in METHODS)])
-    tables = words("--tables", tables, TABLES) if tables else TABLES[:3] if quick else TABLES
-    peers = peers or ("torchvision" if quick else "all")
+    if methods is None:
+        methods = "default,mpvg" if quick else "default,gap,lape,pvg,mpvg,mpvg-folded"
+    names = words("--methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
+    tables = words("--tables", tables, TABLES) if tables is not None else TABLES[:3] if quick else TABLES
+    peers = ("torchvision" if quick else "all") if peers is None else peers
     peers = list(PEERS) if peers == "all" else [] if peers == "none" else words("--peers", peers, PEERS)
     if any("training" in table for table in tables) and all(name.endswith("-folded") for name in names):
         fail("folded models are for inference: leave --tables training-... out, or give --methods one that trains")
     device = usable_device(device)
-    if mode in ("reduce-overhead", "max-autotune") and device.type != "cuda":
+    if mode in CUDA_GRAPHS and device.type != "cuda":
         fail(f"--mode {mode} is CUDA graphs and the device is {device}: take default or max-autotune-no-cudagraphs")
     if json_file:
         make_folder(json_file.parent, "--json")
+        if json_file.exists() and not json_file.is_file():
+            fail(f"--json {json_file} is no file: name one")
     c = {name: p.default for name, p in signature(ViT).parameters.items()} | MODELS[model]
     if not dropout:
         c |= dict(attn_drop=0.0, drop_path=0.0)
@@ -402,21 +408,29 @@ def bench(
               for pool in PEERS[peer][1] if pool in pools]
     header = environment(device) | dict(model=model, batch=batch, dtype=dtype, mode=mode, freeze=freeze,
                                         dropout=dropout, rounds=s.rounds)
-    header |= {peer: versions[peer] for peer in peers if peer not in missing}
+    header = {peer: versions[peer] for peer in peers if peer not in missing} | header
     if device.type == "cuda":
         header |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    typer.echo(", ".join(f"{key} {value}" for key, value in header.items()))
-    for peer in missing:
-        typer.echo(f"{peer} is not installed and left out")
+    typer.echo(textwrap.fill(", ".join(f"{key} {value}" for key, value in header.items()), 100))
+    for peer in peers:
+        if peer in missing:
+            typer.echo(f"{peer} is not installed and left out")
+        elif not pools.intersection(PEERS[peer][1]):
+            typer.echo(f"{peer} is left out: it knows only {PEERS[peer][1][0]}, and no method here has that pooling")
 
     results = {}
     with tqdm(total=len(tables) * (len(names) + s.rounds), leave=False, disable=None) as bar:
         for table in tables:
-            results[table] = run_table(table, names, c, s, bar)
+            try:
+                results[table] = run_table(table, names, c, s, bar)
+            except RuntimeError as error:                            # on a CPU, memory that is not there is only that
+                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                    raise
+                fail(f"{table}: out of memory: take a smaller --batch, fewer --methods or fewer --peers")
             with bar.external_write_mode():
                 typer.echo(f"\n{as_text(table, results[table])}")
-    if json_file:
-        save(json_file, json.dumps(dict(header=header, missing=missing, tables=results), indent=1) + "\n")
+            if json_file:
+                save(json_file, json.dumps(dict(header=header, missing=missing, tables=results), indent=1) + "\n")
 
 
 if __name__ == "__main__":
