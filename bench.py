@@ -372,9 +372,9 @@ def bench(
 
     x plain: speed beside our plain method of the same pooling, default (class token) or gap; beside the other one where
     it is not among the methods. x best peer: beside the other library's model of that pooling that comes out best;
-    above 1 is faster. peak: share of the speed of a large
-    matrix product. roof: of the roofline, which knows what must be moved as well. MiB: memory at the most. comp s:
-    seconds of the first call, little where torch has the graph in its cache on disk.
+    above 1 is faster. peak: share of the speed of a large matrix product. roof: of the roofline, which knows what must
+    be moved as well. MiB: memory at the most. comp s: seconds of the first call, few where torch has the graph in its
+    cache on disk.
     """
     model = ("vit-nano" if quick else "deit-tiny") if model is None else model
     if model not in MODELS:

@@ -514,7 +514,7 @@ def flag(panel, text, *names, value=None, of=None, **limits):
 
 def keep_freed_memory():
     """Tells glibc's malloc to keep what is freed. By default it returns large blocks to the system, which hands them
-    out again page by page: up to a quarter of a small model's step on two cores (results/bench-notes.md)."""
+    out again page by page: up to a quarter of a step or nothing, as the heap may lie (results/bench-notes.md)."""
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4   # mallopt's numbers for them
         libc.mallopt(trim_threshold, -1)                             # never trim
