@@ -1819,6 +1819,7 @@ def scripted(monkeypatch):
 
     def enter(name, c, table, batches, s):
         pool = "gap" if name.split()[-1] in ("gap", "mpvg", "mpvg-folded") else "cls"
+        assert len(batches) > 1 and {x.shape for x, _ in batches} == {(s.batch, 3, 32, 32)}
         return bench.Contestant(name, lambda: order.append(f"({name})"), pool, memory=2 ** 20)
 
     def time(one, device):
@@ -1901,13 +1902,14 @@ def probe(monkeypatch):
 
     def compile_(f, **options):
         compiled.append(options | dict(freezing=torch._inductor.config.freezing))
-        return plain(f, backend="eager", **options)
+        return plain(f, backend="eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"])
 
-    def enter(table, dtype="float32", name="gap", surprise=None, freeze=False):
+    def enter(table, dtype="float32", name="gap", surprise=None, freeze=False, mode="default"):
         model, training = Probe(surprise), table.startswith("training")
         monkeypatch.setattr(bench, "build", lambda *_: (model, "gap"))
         x = torch.randn(3, 4, 3, 2, 2, dtype=torch.float32 if training else getattr(torch, dtype))
-        s = argparse.Namespace(device=torch.device("cpu"), dtype=getattr(torch, dtype), mode="default", freeze=freeze)
+        s = argparse.Namespace(device=torch.device("cpu"), dtype=getattr(torch, dtype), mode=mode,
+                               freeze=freeze)
         return model, bench.enter(name, {}, table, list(zip(x, torch.arange(12).view(3, 4) % 5)), s)
 
     monkeypatch.setattr(torch, "compile", compile_)
@@ -1941,6 +1943,8 @@ def test_our_models_are_compiled_strictly_and_what_breaks_is_said(probe, monkeyp
     assert probe.options.pop() == dict(fullgraph=True, dynamic=False, mode="default", freezing=False)
     _, one = probe("inference-compiled", freeze=True)
     assert one.notes == [] and probe.options.pop()["freezing"]
+    _, one = probe("inference-compiled", mode="reduce-overhead")
+    assert probe.options.pop()["mode"] == "reduce-overhead" and one.memory is None
     probe("inference-compiled", name="timm gap")
     assert probe.options.pop() == dict(fullgraph=False, dynamic=False, mode="default", freezing=False)
     with pytest.raises(TorchDynamoException):
@@ -2048,7 +2052,7 @@ def test_every_flag_of_bench_has_its_effect(timing, monkeypatch):
                            "transformers"]
     assert plain.c == sizes("deit-tiny") | dict(attn_drop=0.0, drop_path=0.0)
     assert (plain.batch, plain.dtype, plain.mode, plain.rounds) == (16, torch.float32, "default", 20)
-    assert plain.freeze is False
+    assert plain.freeze is False and plain.device == torch.device("cpu")
     quick = seen("--quick")
     assert [one.table for one in timing.seen] == list(bench.TABLES[:3]) and quick.c["depth"] == 4 and quick.rounds == 3
     assert quick.names == ["default", "mpvg", "torchvision"]
@@ -2093,7 +2097,6 @@ def test_a_missing_peer_is_named_and_left_out_and_a_failing_one_too(timing, monk
         if peer == "timm":
             raise bench.PackageNotFoundError(peer)
         return "1.0"
-
 
     def broken(c, pool):
         raise RuntimeError("no such model\nand more")
@@ -2166,7 +2169,6 @@ def test_freed_memory_is_kept_on_the_cpu():
     for _ in range(4):
         torch.ones(2 ** 24)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
-
 
 
 def test_the_readmes_table_of_speed_is_the_measured_one():
