@@ -722,17 +722,25 @@ def test_resized_crop_is_pillows():
     u = torch.rand(4, len(x), generator=torch.Generator().manual_seed(2))
     height, width = (10 + 22 * u[0]).round(), (10 + 22 * u[1]).round()
     box = torch.stack([((33 - height) * u[2]).floor(), ((33 - width) * u[3]).floor(), height, width], dim=1)
-    bicubic, flip = torch.arange(len(x)) % 2 == 0, torch.arange(len(x)) % 3 == 0
-    mine = train.resized_crop(x, box, bicubic, flip)
+    bicubic = torch.arange(len(x)) % 2 == 0
+    mine = train.resized_crop(x, box, bicubic)
     for i, (top, left, h, w) in enumerate(box.int().tolist()):
         how = Image.Resampling.BICUBIC if bicubic[i] else Image.Resampling.BILINEAR
         theirs = pil(x[i]).crop((left, top, left + w, top + h)).resize((32, 32), how)
-        theirs = ImageOps.mirror(theirs) if flip[i] else theirs
         difference = (mine[i].int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs().float()
         assert difference.mean() < 6 if bicubic[i] else difference.max() <= 1, (i, difference.mean(), difference.max())
     whole = torch.tensor([[0.0, 0.0, 32.0, 32.0]]).repeat(len(x), 1)
-    assert torch.equal(train.resized_crop(x, whole, bicubic, torch.zeros(len(x), dtype=torch.bool)), x)
-    assert torch.equal(train.resized_crop(x, whole, bicubic, torch.ones(len(x), dtype=torch.bool)), x.flip(3))
+    assert torch.equal(train.resized_crop(x, whole, bicubic), x)
+
+
+def test_flips_come_after_the_crop():
+    x, off = photos()[:20], dict(RECIPE, ra_ops=0)
+    draws = train.draw_images(20, 32, 32, off)
+    flipped = train.augment(x.clone(), draws, off, torch.tensor(FILL))
+    cropped = train.augment(x.clone(), draws, dict(off, flip=0.0), torch.tensor(FILL))
+    for flip, with_it, without in zip(draws["flip"], flipped, cropped):
+        assert torch.equal(with_it, without.flip(2) if flip else without)
+    assert 0 < draws["flip"].sum() < 20
 
 
 RECIPE = dict(train.RECIPES["cifar100"], data="cifar100")
@@ -811,7 +819,7 @@ def test_prepare_mixes_then_erases():
     keep[1, 4:20, 8:16] = 0
     mixed, shares = train.prepare(x.clone(), y, draws, keep, off, 20, 0)
     for step, i in itertools.product(range(2), range(6)):
-        a, b = x[step, i].float(), x[step, 5 - i].float()                       # the partner: the flipped batch
+        a, b = x[step, i].float(), x[step, i ^ 1].float()                       # the partner: the neighbour
         expected = (0.3125 * a + 0.6875 * b).round() if step == 0 else a.clone()
         if step == 1:
             expected[:, 4:20, 8:16] = b[:, 4:20, 8:16]
@@ -819,7 +827,7 @@ def test_prepare_mixes_then_erases():
         own = 0.3125 if step == 0 else 1 - 128 / 1024                           # lambda as the box turned out
         target = torch.zeros(20)
         target[y[step, i]] += own
-        target[y[step, 5 - i]] += 1 - own
+        target[y[step, i ^ 1]] += 1 - own
         torch.testing.assert_close(shares[step, i], target)
 
     draws = train.draw_images(12, 32, 32, dict(off, erase=1.0))
@@ -830,6 +838,14 @@ def test_prepare_mixes_then_erases():
     assert erased[mask].mean() == pytest.approx(0, abs=0.05) and erased[mask].std() == pytest.approx(1, abs=0.05)
     again, _ = train.prepare(x.clone(), y, draws, keep, off, 20, 5)
     assert torch.equal(again, erased)
+    noise = [image[box] for image, box in zip(erased.flatten(0, 1), mask.flatten(0, 1))]
+    assert len({tuple(values[:5].tolist()) for values in noise}) == 12          # of its own for each image
+
+    first, _ = train.prepare(x.clone(), y, draws, keep, dict(off, erase_first=True), 20, 5)    # DeiT's order
+    alone, _ = train.prepare(x.clone(), y, draws, None, off, 20, 5)             # erased, not mixed
+    partner = alone.unflatten(1, (3, 2)).flip(2).flatten(1, 2)
+    torch.testing.assert_close(first, torch.lerp(partner, alone, keep[:, None, None]))
+    assert not torch.equal(first, erased)
 
 
 def test_randaugment_applies_one_operation_after_the_other():
@@ -947,9 +963,9 @@ def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
     assert saved["best"]["test_accuracy"] == best["test_accuracy"]
     for name, epoch in (("last.pt", 3), ("best.pt", best["epoch"])):
         model = load_weights(create("vit-nano", "mpvg"), folder / name).eval()
-        accuracy, loss = train.evaluate(model, *make_numbers(40, 2), "numbers", torch.device("cpu"))
-        assert accuracy == pytest.approx(log[epoch - 1]["test_accuracy"], abs=0.01)
-        assert loss == pytest.approx(log[epoch - 1]["test_loss"], rel=1e-4)
+        found = train.evaluate(model, train.Arrays(*make_numbers(40, 2)), "numbers", torch.device("cpu"))
+        assert found["test_accuracy"] == pytest.approx(log[epoch - 1]["test_accuracy"], abs=0.01)
+        assert found["test_loss"] == pytest.approx(log[epoch - 1]["test_loss"], rel=1e-4)
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "config.json", "last.pt", "log.jsonl"]
     monkeypatch.chdir(tmp_path)                                                 # the README's way to load a run
     shown = dict(torch=torch, create=create, load_weights=load_weights)
@@ -957,19 +973,22 @@ def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
     assert torch.equal(shown["model"].head.weight, checkpoint(folder)["model"]["head.weight"])
 
 
-def test_evaluate_pads_the_last_batch():
+def test_evaluate_pads_the_last_batch(monkeypatch):
     seen, model = [], create("vit-nano", "mpvg").eval()
     x, y = make_numbers(50, 2)
 
     def predict(images):
         seen.append(images.shape)
         return model(images)
-    accuracy, loss = train.evaluate(predict, x, y, "numbers", torch.device("cpu"), batch_size=16)
+    test = train.Arrays(x, y)
+    monkeypatch.setattr(test, "test_batches", partial(test.test_batches, size=16))
+    found = train.evaluate(predict, test, "numbers", torch.device("cpu"))
     assert seen == [(16, 3, 32, 32)] * 4
     logits = model((x / 255 - 0.5) / 0.3)
-    assert accuracy == pytest.approx((logits.argmax(1) == y).float().mean().item() * 100)
-    assert loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
-    assert train.evaluate(predict, x, y, "numbers", torch.device("cpu"), stopped=["SIGTERM"]) is None
+    assert found == dict(
+        test_accuracy=pytest.approx((logits.argmax(1) == y).float().mean().item() * 100),
+        test_loss=pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5))
+    assert train.evaluate(predict, test, "numbers", torch.device("cpu"), stopped=["SIGTERM"]) is None
 
 
 @pytest.mark.parametrize("flags, method, overrides", [
@@ -1013,8 +1032,9 @@ def test_flags_name_a_model(command, tmp_path, monkeypatch, flags, method, overr
 CHANGES = {  # every flag of the recipe, and a value that is another run
     "epochs": 2, "batch_size": 32, "lr": 1e-3, "min_lr": 3e-4, "warmup_lr": 1e-4,
     "warmup_epochs": 1.5, "cooldown_epochs": 1, "lr_per": "step", "weight_decay": 0.5, "decay_pe": False,
-    "label_smoothing": 0.3, "crop_scale": 0.5, "flip": 0.0, "ra_ops": 1, "ra_magnitude": 5.0, "mixup": 0.2,
-    "cutmix": 0.0, "erase": 0.9, "drop_path": 0.3, "attn_drop": 0.3, "fraction": 0.5, "seed": 1,
+    "label_smoothing": 0.3, "repeats": 3, "crop_scale": 0.5, "bicubic": 1.0, "flip": 0.0, "ra_ops": 1,
+    "ra_magnitude": 5.0, "mixup": 0.2, "cutmix": 0.0, "erase": 0.9, "erase_first": True, "drop_path": 0.3,
+    "attn_drop": 0.3, "fraction": 0.5, "seed": 1,
 }
 
 
@@ -1034,10 +1054,11 @@ def usual(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_number_of_the_recipe_is_a_flag_with_an_effect(command, usual, tmp_path, name):
-    assert {*train.RECIPES["cifar100"]} - {"model"} <= {*CHANGES} and usual["config"][name] != CHANGES[name]
+    assert {*train.RECIPES["cifar100"]} - {"model", "image_size"} <= {*CHANGES}
+    assert usual["config"][name] != CHANGES[name]
     value = CHANGES[name]
     flag = "--" + name.replace("_", "-")
-    flag = ["--no-decay-pe"] if name == "decay_pe" else [flag, value]
+    flag = [flag] if value is True else ["--no-decay-pe"] if value is False else [flag, value]
     result = command(*USUAL, *flag, data="cifar100")
     assert result.exit_code == 0, result.output
     folder, config = run_folder(tmp_path)
@@ -1131,11 +1152,12 @@ def test_cifar100_is_torchvisions(monkeypatch, tmp_path):
 def test_fraction_is_balanced_and_chosen_by_seed(monkeypatch):
     labels = torch.arange(400) % 20
     monkeypatch.setattr(train, "cifar100", lambda root, train: (torch.arange(400).view(400, 1), labels))
-    chosen = [train.load_data("cifar100", ".", 0.15, seed)["train"] for seed in (0, 0, 1)]
-    for images, classes in chosen:
-        assert classes.bincount().tolist() == [3] * 20 and torch.equal(labels[images[:, 0]], classes)
-    assert torch.equal(chosen[0][0], chosen[1][0]) and not torch.equal(chosen[0][0], chosen[2][0])
-    assert len(train.load_data("cifar100", ".", 0.15)["test"][1]) == 400
+    config = dict(data="cifar100", fraction=0.15)
+    chosen = [train.load_data(dict(config, seed=seed), ".")["train"] for seed in (0, 0, 1)]
+    for data in chosen:
+        assert data.labels.bincount().tolist() == [3] * 20 and torch.equal(labels[data.images[:, 0]], data.labels)
+    assert torch.equal(chosen[0].images, chosen[1].images) and not torch.equal(chosen[0].images, chosen[2].images)
+    assert len(train.load_data(dict(config, seed=0), ".")["test"]) == 400
 
 
 def test_compile_and_precision_reach_the_step(monkeypatch):
@@ -1163,7 +1185,7 @@ def test_run_flags_reach_the_run(command, monkeypatch, tmp_path):
     for flags, expected in (([], ("fp32", "off")), (["--precision", "bf16", "--compile", "on"], ("bf16", "on"))):
         seen = []
         assert isinstance(command(*flags, "--overwrite").exception, ZeroDivisionError)
-        config, _, _, folder, device, _ = seen[0]
+        config, _, _, folder, device, _, _ = seen[0]
         assert (config["precision"], config["compile"]) == expected
         assert folder == tmp_path / "runs" / "mpvg-vit-nano-numbers-seed0" and device.type == "cpu"
 
@@ -1181,7 +1203,10 @@ def test_compiled_training_is_the_same(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--data", "imagenet"], "cannot be trained by this version: use --data cifar100 or"),
+    (["--data", "imagenet", "--data-dir", "nowhere"], "--data-dir nowhere is no folder with train/CLASS/*.JPEG"),
+    (["--image-size", "64"], "numbers has images of 32x32: --image-size is for --data imagenet"),
+    (["--accumulate", "3"], "--batch-size 128 is not a multiple of 3: processes (1) x --accumulate (3)"),
+    (["--mixup", "1", "--batch-size", "21"], "is not a multiple of 2: processes (1) x --accumulate (1) x 2, as images"),
     (["--method", "mpvg", "--pe", "none"], "leave out --pe, --pool and --mpvg, or --method"),
     (["--pool", "cls", "--mpvg"], "--mpvg needs a PE and --pool gap"),
     (["--pe", "none", "--mpvg"], "--mpvg needs a PE and --pool gap"),
@@ -1307,7 +1332,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(command, tmp_path, monkeyp
 
 
 def test_of_equal_accuracies_the_first_is_the_best(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: (12.5, 1.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: dict(test_accuracy=12.5, test_loss=1.0))
     assert command("--epochs", 3).exit_code == 0
     folder, _ = run_folder(tmp_path)
     assert checkpoint(folder)["best"] == dict(epoch=1, test_accuracy=12.5)
@@ -1317,9 +1342,9 @@ def test_of_equal_accuracies_the_first_is_the_best(command, tmp_path, monkeypatc
 def test_stopped_in_evaluation_it_goes_on(command, tmp_path, monkeypatch):
     real = train.evaluate
 
-    def interrupted(*args, stopped):
+    def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        return real(*args, stopped=stopped)
+        return real(*args)
     monkeypatch.setattr(train, "evaluate", interrupted)
     result = command("--epochs", 2, "--batch-size", 50, "--name", "stopped")
     assert result.exit_code == 130 and "stopped by SIGINT after step 4 of 4 of epoch 1" in result.output
@@ -1409,12 +1434,17 @@ def test_the_recipe_steps_per_epoch(command, tmp_path):
 
 
 def test_recipes_are_the_published_ones():
-    published = dict(model="vit-lite", epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6,
+    published = dict(model="vit-lite", image_size=32, epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6,
                      warmup_epochs=10, cooldown_epochs=10, lr_per="epoch", weight_decay=0.06, decay_pe=True,
-                     label_smoothing=0.1, crop_scale=0.8, flip=0.5, ra_ops=2, ra_magnitude=9, mixup=0.8, cutmix=1.0,
-                     erase=0.25)
+                     label_smoothing=0.1, repeats=1, crop_scale=0.8, bicubic=0.5, flip=0.5, ra_ops=2, ra_magnitude=9,
+                     mixup=0.8, cutmix=1.0, erase=0.25, erase_first=False)
     assert train.RECIPES["cifar100"] == published
+    deit = dict(published, model="deit-tiny", image_size=224, epochs=300, batch_size=1024, lr=5e-4 * 1024 / 512,
+                warmup_epochs=5, cooldown_epochs=0, weight_decay=0.05, decay_pe=False, repeats=3, crop_scale=0.08,
+                bicubic=1, erase_first=True)
+    assert train.RECIPES["imagenet"] == deit
     assert train.PIXELS["cifar100"] == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    assert train.PIXELS["imagenet"] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     off = dict(crop_scale=1, flip=0, ra_ops=0, mixup=0, cutmix=0, erase=0)      # a mirrored number is another one
     assert {key: train.RECIPES["numbers"][key] for key in off} == off
 
@@ -1749,6 +1779,395 @@ def test_the_figures(command, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "correlation.png", "curves.png", "last_norm.png", f"layers-{folder.name}.png", "report.json"]
     assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "out").glob("*.png"))
+
+
+# --------------------------------------------------------------------------------- train.py: image files, processes
+
+def photo(height, width, seed):
+    """float (height, width, 3): clouds of colour and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    clouds = F.interpolate(torch.rand(1, 3, 5, 7, generator=generator), size=(height, width), mode="bicubic")
+    noise = 0.05 * torch.randn(3, height, width, generator=generator)
+    return (255 * (clouds[0] + noise)).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An ImageFolder of three classes with 17 files each to train on and 5 to test: JPEGs of several sizes, one of them
+    CMYK, one grey; in class b one is cut off and one empty, for training and testing."""
+    root = tmp_path_factory.mktemp("files")
+    for split, count in (("train", 17), ("val", 5)):
+        for label, name in enumerate("abc"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(photo(50 + 7 * (i % 4), 80 - 9 * (i % 5), 100 * label + i))
+                image = image.convert({1: "CMYK", 2: "L"}.get(i, "RGB"))
+                image.save(root / split / name / f"{i:02d}.JPEG", quality=95)
+        whole = (root / split / "b" / "03.JPEG").read_bytes()
+        (root / split / "b" / "03.JPEG").write_bytes(whole[:len(whole) // 2])
+        (root / split / "b" / "04.JPEG").write_bytes(b"")
+    return root
+
+
+def files(root, split="train"):
+    return torchvision.datasets.ImageFolder(root / split).samples
+
+
+FILES = ["--model", "vit-nano", "--image-size", "32", "--batch-size", "12", "--epochs", "3", "--lr", "0.004",
+         "--lr-per", "step"]
+SMALL = dict(train.RECIPES["imagenet"], data="imagenet", image_size=32, batch_size=12, seed=3, fraction=1.0,
+             num_classes=3)
+
+
+def test_workers_crop_as_pillow_does(folder):
+    samples, indices = files(folder), [0, 1, 0, 1, 2, 16]
+    x, y, unreadable = train.Crops(samples, 48, 0.08, 1.0)[indices, 77]
+    assert x.shape == (6, 3, 48, 48) and x.dtype == torch.uint8 and y.tolist() == [0] * 6 and not unreadable
+    for place, index in enumerate(indices):
+        image = Image.open(samples[index][0]).convert("RGB")
+        torch.manual_seed(77 + place)
+        top, left, h, w = torchvision.transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+        theirs = image.crop((left, top, left + w, top + h)).resize((48, 48), Image.Resampling.BICUBIC)
+        difference = (x[place].int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs()
+        assert difference.max() <= 2 and difference.float().mean() < 0.5, (place, difference.max())
+    assert not torch.equal(x[0], x[2])                                          # a crop of its own each time
+    linear = train.Crops(samples, 48, 0.08, 0.0)[indices, 77][0]
+    assert not torch.equal(linear, x)
+
+
+def test_workers_show_two_views_of_a_test_image(folder):
+    samples = files(folder, "val")
+    x, y, _ = train.Crops(samples, 42, None, 1.0)[[0, 2, 11], 0]
+    assert x.shape == (3, 2, 3, 42, 42) and y.tolist() == [0, 0, 2]
+    for views, index in zip(x, (0, 2, 11)):
+        for view, short in zip(views, (48, 42)):                                # crop ratio 0.875, and 1
+            image = Image.open(samples[index][0]).convert("RGB")
+            scale = short / min(image.size)
+            width, height = (max(short, int(side * scale)) for side in image.size)
+            left, top = round((width - 42) / 2), round((height - 42) / 2)
+            theirs = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 42, top + 42))
+            difference = (view.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs()
+            assert difference.max() <= 2, (index, short)
+
+
+def test_a_file_is_decoded_once_for_all_of_its_crops(folder, monkeypatch):
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
+    train.Crops(files(folder), 32, 0.08, 1.0)[[0, 1, 0, 1, 0, 1, 2, 5, 2, 5, 2, 5], 1]
+    assert len(opened) == 4
+
+
+def test_what_cannot_be_decoded_is_named_counted_and_replaced(folder, capsys):
+    samples = files(folder)
+    paths = [path for path, _ in samples]
+    cut, empty = (next(i for i, path in enumerate(paths) if path.endswith(f"b/{name}")) for name in
+                  ("03.JPEG", "04.JPEG"))
+    data = train.Folder(samples, 32, torch.device("cpu"), 0, 0.08)
+    for _ in range(2):
+        x, y = next(data.load([([cut, 0, empty, 1], 5)]))
+        instead = train.Crops(samples, 32, 0.08, 1.0)[[empty + 1, 0, empty + 1, 1], 5]
+        assert torch.equal(x, instead[0]) and y.tolist() == [1, 0, 1, 0]
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 2 and data.failures == 4                              # each named once, counted every time
+    assert warned[0].startswith(f"warning: {paths[cut]} cannot be decoded and is left out (image file is truncated")
+    assert warned[1].startswith(f"warning: {paths[empty]} cannot be decoded and is left out (cannot identify image")
+
+    test = train.Folder(files(folder, "val"), 32, torch.device("cpu"), 0)
+    (x, y), = test.test_batches()
+    assert y.tolist() == [0] * 5 + [1, 1, 1, -1, -1] + [2] * 5
+    model, seen = create("vit-nano", "mpvg", num_classes=3).eval(), (y >= 0)
+    found = train.evaluate(model, test, "imagenet", torch.device("cpu"))
+    for view, prefix in enumerate(("test", "full_crop")):
+        logits = model(train.normalise(x[seen, view], "imagenet"))
+        assert found[f"{prefix}_accuracy"] == pytest.approx(100 * (logits.argmax(1) == y[seen]).float().mean().item())
+        assert found[f"{prefix}_loss"] == pytest.approx(F.cross_entropy(logits, y[seen]).item(), rel=1e-5)
+
+
+def test_a_disk_that_is_gone_ends_the_run(folder, command, monkeypatch):
+    real = Image.open
+    opened = []
+
+    def vanish(path):
+        opened.append(path)
+        if len(opened) > 60:
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return real(path)
+    monkeypatch.setattr(Image, "open", vanish)
+    result = command("--data-dir", folder, *FILES, data="imagenet")
+    assert result.exit_code == 2 and "error: " in result.stderr, result.output
+    assert result.stderr.splitlines()[-1].endswith("cannot be read: is their disk still there? --resume goes on")
+
+
+@pytest.mark.parametrize("data", ["files", "arrays"])
+def test_how_a_batch_is_shared_out_changes_nothing(folder, monkeypatch, data):
+    """Batches of one process beside those of two, three, and of parts: the same images, bit for bit."""
+    cpu = torch.device("cpu")
+    if data == "files":
+        config, source = dict(SMALL), train.Folder(files(folder), 32, cpu, 0, 0.08)
+    else:
+        config, source = dict(RECIPE, batch_size=12, seed=3), train.Arrays(*make_numbers(50, 1))
+
+    def batches(rank, processes, parts, first=0):
+        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setattr(train, "PROCESSES", processes)
+        return [*zip(*train.epoch_batches(config, source, 2, first, 100, parts))]
+    whole_x, whole_y = (torch.stack(t) for t in batches(0, 1, 1))
+    assert whole_x.shape == (4, 12, 3, 32, 32) and whole_y.shape == (4, 12, 100)
+    for processes, parts in ((1, 3), (2, 1), (3, 2)):
+        shares = [batches(rank, processes, parts) for rank in range(processes)]
+        for whole, share in ((whole_x, 0), (whole_y, 1)):
+            steps = [torch.stack(s[share]).view(4, 12 // processes, *whole.shape[2:]) for s in shares]
+            assert torch.equal(torch.cat(steps, dim=1), whole), (processes, parts)
+    assert torch.equal(torch.stack(batches(1, 2, 1, first=3)[0]), whole_x[3:, 6:])   # on from the last step
+    assert not torch.equal(torch.stack([*zip(*train.epoch_batches(config, source, 3, 0, 100, 1))][0])[:, :6],
+                           whole_x[:, :6])                                      # another epoch
+
+
+def test_repeated_augmentation_and_partners(folder):
+    class Data(train.Arrays):                                                   # tells what it is asked for
+        def pieces(self, order, *rest):
+            self.order = order
+            return super().pieces(order, *rest)
+    for repeats in (1, 2, 3):
+        data = Data(*make_numbers(100, 1))
+        config = dict(RECIPE, batch_size=22, repeats=repeats, seed=0)
+        assert len([*train.epoch_batches(config, data, 0, 0, 100, 1)]) == 4
+        places, order = data.order.flatten().tolist(), torch.Generator().manual_seed(0)
+        order = torch.randperm(100, generator=order).tolist()
+        counts = torch.tensor(places).bincount(minlength=100)
+        assert counts.max() == repeats and (counts > 0).sum() == -(-88 // (2 * repeats)) * 2 or repeats == 3
+        assert {*places} == {*order[:len({*places})]}                           # the first of a permutation
+        assert all(a != b for a, b in zip(places[::2], places[1::2]))           # never mixed with itself
+        assert places[:6] == [order[i] for i in ([0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3], [0, 1] * 3)[repeats - 1]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_on_files_leaves_its_record(folder, command, tmp_path, workers):
+    flags = ["--data-dir", folder, *FILES, "--workers", workers, "--batch-size", 24, "--epochs", 2]
+    result = command(*flags, data="imagenet")
+    assert result.exit_code == 0, result.output
+    assert "batch     24 images: 1 processes x 1 parts of 24; peak lr 0.004" in result.output
+    assert result.stderr.count("warning: ") >= 2 and "51 to train, 15 to test" in result.output
+    run, config = run_folder(tmp_path)
+    assert (config["num_classes"], config["image_size"]) == (3, 32)
+    lines, saved = log_of(run), checkpoint(run)
+    assert [line["epoch"] for line in lines] == [1, 2] and all(line["unreadable"] >= 2 for line in lines)
+    assert result.stdout.strip().endswith(f"; at a full crop {lines[-1]['full_crop_accuracy']:.2f} %")
+    model = load_weights(create("vit-nano", "mpvg", image_size=32, num_classes=3), saved).eval()
+    test = train.Folder(files(folder, "val"), 32, torch.device("cpu"), 0)
+    found = train.evaluate(model, test, "imagenet", torch.device("cpu"))
+    assert {key: lines[-1][key] for key in found} == pytest.approx(found, rel=1e-4)
+    again = CliRunner().invoke(train.app, ["eval", str(run), "--data-dir", str(folder), "--device", "cpu"])
+    assert ("test accuracy {test_accuracy:.2f} %, loss {test_loss:.4f} (at a full crop {full_crop_accuracy:.2f} %, "
+            "{full_crop_loss:.4f}), 15 images").format(**lines[-1]) in again.output
+    larger = CliRunner().invoke(train.app, ["eval", str(run), "--data-dir", str(folder), "--image-size", "40",
+                                            "--device", "cpu"])
+    assert larger.exit_code == 0 and f"loss {lines[-1]['test_loss']:.4f}" not in larger.output
+    report = ["report", str(run), "--data-dir", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert CliRunner().invoke(train.app, report).exit_code == 0
+    (x, y), = test.test_batches()
+    expected = train.measure(model, [train.normalise(x[y >= 0, 0], "imagenet")])
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())[run.name]
+    assert numbers["cosine"] == pytest.approx(expected["cosine"], rel=1e-4)
+    if not workers:                                                             # other size, other classes
+        fine = [*flags, "--init", run, "--image-size", "48", "--name", "fine", "--lr", 0]
+        result = command(*fine, data="imagenet")
+        assert result.exit_code == 0 and "its head, too" in result.output, result.output
+        model = load_weights(create("vit-nano", "mpvg", image_size=48, num_classes=3), saved)
+        torch.testing.assert_close(checkpoint(tmp_path / "runs" / "fine")["model"], dict(model.state_dict()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_a_run_on_files_killed_and_resumed_is_the_same_run(folder, command, tmp_path):
+    flags = ["--data", "imagenet", "--device", "cpu", "--data-dir", str(folder), *FILES, "--workers", "1", "--drop-path",
+             "0.2", "--runs", str(tmp_path / "runs"), "--name"]
+    assert command(*flags[4:], "whole", data="imagenet").exit_code == 0
+    seconds = log_of(tmp_path / "runs" / "whole")[-1]["seconds"]
+    ends = []
+    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None):
+        process = start([*flags, "killed", "--resume"])
+        if kind:
+            time.sleep(0.5 + 0.3 * seconds)
+            os.kill(process.pid, kind)
+        process.join()
+        ends.append(process.exitcode)
+    assert ends[-1] == 0
+    equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda root: (root / "val" / "c").rename(root / "val" / "d"), "train/ and val/ have other classes (3 and 3; c is "
+     "only in train/): sort val/'s images"),
+    (lambda root: [path.unlink() for path in (root / "train" / "a").iterdir()], "no folder with train/CLASS/*.JPEG, as "
+     "ImageNet is (Found no valid file for the classes a."),
+    (lambda root: [path.unlink() for path in (root / "val" / "c").iterdir()], "no folder with val/CLASS/*.JPEG"),
+    (lambda root: (root / "val").rename(root / "test"), "no folder with val/CLASS/*.JPEG"),
+])
+def test_a_folder_that_is_no_imagenet_is_refused_before_the_first_step(folder, command, tmp_path, damage, says):
+    subprocess.run(["cp", "-r", folder, tmp_path / "copy"], check=True)
+    damage(tmp_path / "copy")
+    one_line(command("--data-dir", tmp_path / "copy", *FILES, data="imagenet"), says)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_peak_lr_follows_the_batch(folder, command, tmp_path):
+    flags = ["--model", "vit-nano", "--image-size", 32, "--epochs", 1, "--data-dir", folder, "--batch-size", 16]
+    for more, lr in (([], 5e-4 * 16 / 512), (["--lr", 0.003], 0.003)):
+        result = command(*flags, *more, "--overwrite", data="imagenet")
+        assert result.exit_code == 0 and f"peak lr {lr:g}\n" in result.output
+        assert run_folder(tmp_path)[1]["lr"] == lr
+
+
+def test_evaluating_needs_the_runs_classes(folder, command, tmp_path):
+    assert command("--data-dir", folder, *FILES, "--epochs", 1, data="imagenet").exit_code == 0
+    (tmp_path / "two").mkdir()
+    subprocess.run(["cp", "-r", folder / "val", tmp_path / "two" / "val"], check=True)
+    subprocess.run(["rm", "-r", tmp_path / "two" / "val" / "c"], check=True)
+    result = CliRunner().invoke(train.app, ["eval", str(run_folder(tmp_path)[0]), "--device", "cpu", "--data-dir",
+                                            str(tmp_path / "two")])
+    one_line(result, "val has 2 classes, and the model 3")
+
+
+DRIVER = """
+import os, signal, sys, torch
+sys.path.insert(0, sys.argv.pop(1))
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double                             # all arithmetic in float64
+import train
+compile, lr_at, steps = torch.compile, train.lr_at, []
+torch.compile = lambda f, mode=None, **how: compile(f, backend="aot_eager", **how)
+rank, step, number = map(int, sys.argv.pop(1).split(","))            # a signal that this process sends itself
+def planted(*args, **kwargs):
+    steps.append(1)
+    if (train.RANK, len(steps)) == (rank, step):
+        os.kill(os.getpid(), number)
+    return lr_at(*args, **kwargs)
+train.lr_at = planted
+train.app()
+"""
+
+
+@pytest.fixture
+def launch(folder, tmp_path):
+    """Runs train.py in float64, in a process of its own or with torchrun in several."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+
+    def run(name, processes, *flags, plant="0,0,0"):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+        command = [sys.executable, *torchrun, str(tmp_path / "driver.py"), str(Path(__file__).parent), plant, "--data",
+                   "imagenet", "--device", "cpu", "--data-dir", str(folder), *FILES, "--workers", "0", "--runs",
+                   str(tmp_path / "runs"), "--name", name, *flags]
+        return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    return run
+
+
+def close_runs(tmp_path, *names, tolerance=1e-10):
+    """The same loss curve, metrics and weights."""
+    first, *others = (checkpoint(tmp_path / "runs" / name) for name in names)
+    assert len(first["log"]) == 3 and first["model"]["head.weight"].dtype == torch.float64
+    for other in others:
+        for a, b in zip(first["log"], other["log"], strict=True):
+            for key in a.keys() - {"seconds", "images_per_second", "unreadable"}:
+                assert a[key] == pytest.approx(b[key], abs=tolerance), key
+        assert first["model"].keys() == other["model"].keys()
+        torch.testing.assert_close(first["model"], other["model"], rtol=0, atol=tolerance)
+
+
+def test_one_process_two_and_parts_are_the_same_run(launch, tmp_path):
+    assert launch("one", 1).returncode == 0
+    assert launch("parts", 1, "--accumulate", "2").returncode == 0
+    two = launch("two", 2)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("batch     12 images: 2 processes x 1 parts of 6; peak lr 0.004") == 1
+    assert two.stdout.count("\n    3 ") == 1 and two.stdout.count("test accuracy") == 1     # said once
+    close_runs(tmp_path, "one", "parts", "two")
+    assert {len(list((tmp_path / "runs" / name).iterdir())) for name in ("one", "two")} == {4}
+    assert launch("compiled", 2, "--compile", "on", "--accumulate", "3").returncode == 0
+    close_runs(tmp_path, "one", "compiled", tolerance=1e-5)                     # its .float() is not the driver's
+    assert checkpoint(tmp_path / "runs" / "two")["config"]["environment"]["processes"] == 2
+
+
+def test_a_process_that_dies_ends_the_job_and_others_go_on_from_there(launch, tmp_path):
+    killed = launch("killed", 2, plant=f"1,7,{int(signal.SIGKILL)}")
+    assert killed.returncode != 0 and 'File "' + str(Path(train.__file__)) not in killed.stderr
+    assert len(re.findall(r"^error: process 0 of 2 has lost another one, .* --resume goes on$", killed.stderr, re.M)) == 1
+    assert checkpoint(tmp_path / "runs" / "killed")["epoch"] == 1
+    stopped = launch("killed", 1, "--resume", "--accumulate", "3", plant=f"0,2,{int(signal.SIGTERM)}")
+    assert stopped.returncode == 143 and "stopped by SIGTERM after step 2 of 4 of epoch 2: saved" in stopped.stdout
+    stopped = launch("killed", 2, "--resume", plant=f"1,3,{int(signal.SIGTERM)}")   # one is told, both stop
+    assert stopped.returncode != 0 and "stopped by SIGTERM after step 1 of 4 of epoch 3" in stopped.stdout
+    finished = launch("killed", 1, "--resume")
+    assert finished.returncode == 0 and "on from step 1 of epoch 3" in finished.stdout, finished.stderr
+    assert launch("whole", 1).returncode == 0
+    close_runs(tmp_path, "whole", "killed")
+
+
+def test_several_processes_know_what_they_cannot_do(launch, monkeypatch, command):
+    result = launch("odd", 2, "--batch-size", "14")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and len(lines) == 1, result.stderr             # said by the first alone
+    assert "--batch-size 14 is not a multiple of 4: processes (2) x --accumulate (1) x 2, as images are" in lines[0]
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    one_line(command("--device", "mps"), "--device mps is for one process: take cuda or cpu")
+    for name in ("sweep", "report"):
+        one_line(CliRunner().invoke(train.app, [name, "--methods", "mpvg"]), f"{name} takes one process")
+    monkeypatch.setattr(train, "usable_device", lambda name: torch.device("cuda:0"))
+    one_line(command("--compile", "graphs"), "--compile graphs needs CUDA and one process")
+
+
+def test_one_process_downloads_before_the_others(monkeypatch, command, tmp_path):
+    """Turns: the first process, then the first of each machine, then all."""
+    events = []
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda *_, **__: None)
+    monkeypatch.setattr(train.dist, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(train, "load_data", lambda *_: events.append("load") or dict(train=[], test=[]))
+    for rank, local_rank, expected in ((0, 0, ["load"] + ["barrier"] * 3), (1, 1, ["barrier"] * 2 + ["load", "barrier"]),
+                                       (2, 0, ["barrier", "load", "barrier", "barrier"])):
+        events.clear()
+        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        assert command("--overwrite").exit_code == 2 and events == expected     # no images: that is the error
+
+
+def deit(name="deit-tiny", dim=192):
+    """A state dict with the names and shapes of DeiT's published deit_*_patch16_224 files."""
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 197, dim), "patch_embed.proj.weight": (dim, 3, 16, 16),
+              "patch_embed.proj.bias": (dim,)}
+    for i in range(12):
+        for part, shape in {"norm1.weight": (dim,), "norm1.bias": (dim,), "attn.qkv.weight": (3 * dim, dim),
+                            "attn.qkv.bias": (3 * dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
+                            "norm2.weight": (dim,), "norm2.bias": (dim,), "mlp.fc1.weight": (4 * dim, dim),
+                            "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}.items():
+            shapes[f"blocks.{i}.{part}"] = shape
+    shapes |= {"norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (1000, dim), "head.bias": (1000,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_the_published_files_of_deit_and_lape_load(tmp_path, folder, command):
+    """Theirs are {"model": state dict}, LaPE's with what a training run needs beside it."""
+    torch.save({"model": deit()}, tmp_path / "deit.pth")
+    model = load_weights(create("deit-tiny", "default"), tmp_path / "deit.pth")
+    torch.testing.assert_close(dict(model.state_dict()), deit(), rtol=0, atol=0)
+    lape = deit() | {f"blocks.{i}.pe_norm.{part}": torch.randn(192) for i in range(12) for part in ("weight", "bias")}
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    torch.save({"model": lape, "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict(), "epoch": 299,
+                "model_ema": lape, "scaler": {"scale": 65536.0}, "args": argparse.Namespace(lr=5e-4, data_path="here")},
+               tmp_path / "lape.pth")
+    model = load_weights(create("deit-tiny", "lape"), tmp_path / "lape.pth")
+    torch.testing.assert_close(dict(model.state_dict()), lape, rtol=0, atol=0)
+    larger = load_weights(create("deit-tiny", "lape", image_size=384), tmp_path / "lape.pth")
+    assert torch.equal(larger.pos_embed, resize_pos_embed(lape["pos_embed"], (14, 14), (24, 24), prefix=1))
+    result = command("--data-dir", folder, "--model", "deit-tiny", "--method", "lape", "--init", tmp_path / "lape.pth",
+                     "--image-size", 48, "--batch-size", 48, "--epochs", 1, "--lr", 0, data="imagenet")
+    assert result.exit_code == 0 and "lape.pth, with a new head" in result.output, result.output
+    tuned = checkpoint(run_folder(tmp_path)[0])["model"]
+    assert torch.equal(tuned["pos_embed"], resize_pos_embed(lape["pos_embed"], (14, 14), (3, 3), prefix=1))
+    assert torch.equal(tuned["blocks.11.pe_norm.weight"], lape["blocks.11.pe_norm.weight"])
 
 
 # ------------------------------------------------------------------------------------------------------------ bench.py

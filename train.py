@@ -2,52 +2,68 @@
 
     python train.py --pe layerwise --pool gap --mpvg              # the paper's method, as plain `python train.py`
     python train.py --method lape --data cifar100                 # another row of the paper, by its name
+    torchrun --nproc_per_node 4 train.py --data imagenet --data-dir DIR
     python train.py sweep --methods default,lape,pvg,mpvg --seeds 3
     python train.py eval runs/NAME;  python train.py report runs/*/
 
 A run is a function of its flags and seed; one that was killed goes on with --resume. The data set `numbers` is built
 in: nothing to download, a few minutes on a CPU.
 """
+import atexit
 import copy
 import ctypes
+import functools
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import typer
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 from tqdm import tqdm
 
 from mpvg import METHODS, MODELS, ViT, create, fold, load_weights, read_checkpoint
 
-# What a flag is where it is not given. cifar100: ViT-Lite's recipe, from Compact-Transformers' cifar100.yml.
+# What a flag is where it is not given. cifar100: ViT-Lite's recipe, from Compact-Transformers' cifar100.yml; imagenet:
+# DeiT's, from its main.py, whose lr is 5e-4 for every 512 images of a batch.
 RECIPES = {
-    "numbers": dict(model="vit-nano", epochs=6, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=0.6,
-                    cooldown_epochs=0, lr_per="step", weight_decay=0.05, decay_pe=False, label_smoothing=0.0,
-                    crop_scale=1.0, flip=0.0, ra_ops=0, ra_magnitude=9.0, mixup=0.0, cutmix=0.0, erase=0.0),
-    "cifar100": dict(model="vit-lite", epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6,
+    "numbers": dict(model="vit-nano", image_size=32, epochs=6, batch_size=128, lr=2e-3, min_lr=1e-5, warmup_lr=1e-6,
+                    warmup_epochs=0.6, cooldown_epochs=0, lr_per="step", weight_decay=0.05, decay_pe=False,
+                    label_smoothing=0.0, repeats=1, crop_scale=1.0, bicubic=0.5, flip=0.0, ra_ops=0, ra_magnitude=9.0,
+                    mixup=0.0, cutmix=0.0, erase=0.0, erase_first=False),
+    "cifar100": dict(model="vit-lite", image_size=32, epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6,
                      warmup_epochs=10.0, cooldown_epochs=10, lr_per="epoch", weight_decay=0.06, decay_pe=True,
-                     label_smoothing=0.1, crop_scale=0.8, flip=0.5, ra_ops=2, ra_magnitude=9.0, mixup=0.8, cutmix=1.0,
-                     erase=0.25),
+                     label_smoothing=0.1, repeats=1, crop_scale=0.8, bicubic=0.5, flip=0.5, ra_ops=2, ra_magnitude=9.0,
+                     mixup=0.8, cutmix=1.0, erase=0.25, erase_first=False),
+    "imagenet": dict(model="deit-tiny", image_size=224, epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5,
+                     warmup_lr=1e-6, warmup_epochs=5.0, cooldown_epochs=0, lr_per="epoch", weight_decay=0.05,
+                     decay_pe=False, label_smoothing=0.1, repeats=3, crop_scale=0.08, bicubic=1.0, flip=0.5, ra_ops=2,
+                     ra_magnitude=9.0, mixup=0.8, cutmix=1.0, erase=0.25, erase_first=True),
 }
 PIXELS = {"numbers": ((0.5, 0.5, 0.5), (0.3, 0.3, 0.3)),             # mean and std per channel, of values from 0 to 1
-          "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
+          "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+          "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 # Which row of METHODS the paper's three flags name: (--pe, --pool, --mpvg).
 ROWS = {
     ("absolute", "cls", False): "default", ("absolute", "gap", False): "gap", ("absolute", "gap", True): "gap-last-pe",
@@ -73,10 +89,31 @@ PAPER = {  # top-1 %, one run each: Tables 1, 2, 5 and 6, Figures 1 and 5
 }
 
 
+# Set by torchrun: this process's number, in all and on its machine, and how many there are. Alone: 0, 0 of 1.
+RANK, LOCAL_RANK, PROCESSES = (int(os.environ.get(*v)) for v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def say(text):
+    """Prints, from the first process."""
+    if RANK == 0:
+        typer.echo(text)
+
+
 def fail(message):
-    """Ends the program with one line on stderr and exit code 2."""
+    """Ends the program with one line on stderr and exit code 2; torchrun then ends the other processes."""
+    if LOCAL_RANK and not dist.is_initialized():
+        time.sleep(5)                                                # a user's mistake: the first one says it, and once
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
+
+
+def agree(number):
+    """-> the greatest of what all processes call it with."""
+    if PROCESSES == 1:
+        return number
+    greatest = torch.tensor(number)                                  # on the CPU: no accelerator is waited for
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return greatest.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -123,28 +160,197 @@ def cifar100(root, train):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
-def load_data(name, root, fraction=1.0, seed=0):
-    """-> {"train": (images, labels), "test": ...}; of the training images `fraction` of each class, chosen by seed."""
-    if name == "numbers":
-        data = {"train": numbers(30_000, seed=1), "test": numbers(4_000, seed=2)}
-    else:
-        data = {split: cifar100(root, train=split == "train") for split in ("train", "test")}
-    if fraction < 1:
-        images, labels = data["train"]
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        places = [order[labels[order] == label] for label in labels.unique()]
-        rows = torch.cat([rows[:round(fraction * len(rows))] for rows in places])
-        data["train"] = images[rows], labels[rows]
+class Arrays:
+    """Images in memory, uint8 (N, 3, H, W), and labels (N,), on the device where batches are made."""
+
+    views, failures = 1, 0
+
+    def __init__(self, images, labels, device="cpu"):
+        self.images, self.labels = images.to(device), labels.to(device)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def pieces(self, order, seeds, first, columns, width):
+        """See epoch_batches. Many steps at once, so that augmentation costs little beside them."""
+        many = max(1, 8192 // order.shape[1])
+        for step in range(first // many * many, len(order), many):
+            rows = order[step:step + many, columns.start:columns.stop].to(self.images.device)
+            yield step, columns, self.images[rows], self.labels[rows]
+
+    def test_batches(self, size=500):
+        """Yields this process's share: images (B, 1 view, 3, H, W), labels (B,)."""
+        for x, y in zip(*(t[RANK::PROCESSES].split(size) for t in (self.images, self.labels))):
+            yield x[:, None], y
+
+
+class Crops(Dataset):
+    """What a worker process makes of (indices of files, seed): a batch decoded, cropped and resized.
+
+    -> images, uint8 (B, 3, S, S), or for testing, where crop_scale is None, (B, 2 views, 3, S, S); labels (B,);
+    {path: reason} of files that cannot be decoded. Such a file's place is taken by the one behind it; in testing it has
+    label -1. A crop depends on the seed and its place; a file that comes again after another one is decoded once.
+    """
+
+    def __init__(self, samples, size, crop_scale, bicubic):
+        self.samples, self.size, self.crop_scale, self.bicubic = samples, size, crop_scale, bicubic
+
+    def __getitem__(self, batch):
+        (indices, seed), testing, unreadable = batch, self.crop_scale is None, {}
+
+        @functools.lru_cache(2)
+        def decode(index):
+            for path, label in (self.samples[i % len(self.samples)] for i in range(index, index + 20)):
+                try:
+                    return v2.pil_to_tensor(Image.open(path).convert("RGB")), label      # uint8 (3, height, width)
+                except Exception as error:                           # a damaged file can fail in any way
+                    unreadable[path] = str(error) or type(error).__name__
+                    if testing:
+                        break
+            return None, -1
+
+        x = torch.zeros(len(indices), *[2] * testing, 3, self.size, self.size, dtype=torch.uint8)
+        labels = torch.empty(len(indices), dtype=torch.long)
+        with torch.random.fork_rng(devices=[]):
+            for place, index in enumerate(indices):
+                image, labels[place] = decode(index)
+                if image is not None and testing:                    # DeiT's view; LaPE's, all of the short side
+                    for view, ratio in enumerate((0.875, 1.0)):
+                        whole = v2.resize(image, [int(self.size / ratio)], InterpolationMode.BICUBIC)
+                        x[place, view] = v2.center_crop(whole, [self.size])
+                elif image is not None:
+                    torch.default_generator.manual_seed(seed + place)
+                    box = RandomResizedCrop.get_params(image, [self.crop_scale, 1.0], [3 / 4, 4 / 3])
+                    mode = InterpolationMode["BICUBIC" if torch.rand(()) < self.bicubic else "BILINEAR"]
+                    x[place] = v2.resized_crop(image, *box, [self.size] * 2, mode)
+        return x, labels, unreadable
+
+
+def leave_signals(_):
+    """In a worker: Ctrl-C and SIGTERM may reach all processes of a job and are the training process's to heed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit, also after an error: multiprocessing would send SIGTERM and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)                # DataLoader's would call a dead worker an error
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+class Folder:
+    """Image files (path, label), made into batches by worker processes; for testing where crop_scale is None.
+
+    failures: how often a file could not be decoded so far.
+    """
+
+    views = 2
+
+    def __init__(self, samples, size, device, workers, crop_scale=None, bicubic=1.0):
+        self.samples, self.device, self.plan, self.named, self.failures = samples, device, [], set(), 0
+        self.loader = DataLoader(Crops(samples, size, crop_scale, bicubic), sampler=self.plan, batch_size=None,
+                                 num_workers=workers, persistent_workers=workers > 0,
+                                 pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
+        if workers:
+            atexit.register(end_workers)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def load(self, plan):
+        """Yields images and labels of every (indices, seed) of the plan."""
+        self.plan[:] = plan
+        for x, y, unreadable in self.loader:
+            self.failures += len(unreadable)
+            for path in unreadable.keys() - self.named:
+                tqdm.write(f"warning: {path} cannot be decoded and is left out ({unreadable[path]})", sys.stderr)
+            self.named.update(unreadable)
+            if len(unreadable) >= 20 and (y == -1).any():
+                fail(f"{path} and the files behind it cannot be read: is their disk still there? --resume goes on")
+            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def pieces(self, order, seeds, first, columns, width):
+        """See epoch_batches."""
+        parts = [(step, columns[start:start + width])
+                 for step in range(first, len(order)) for start in range(0, len(columns), width)]
+        plan = [(order[step, part.start:part.stop].tolist(), seeds[step] + 2 + part.start)  # 0 and 1 are taken there
+                for step, part in parts]
+        for (x, y), (step, part) in zip(self.load(plan), parts):
+            yield step, part, x[None], y[None]
+
+    def test_batches(self, size=125):
+        """Yields this process's share: images (B, 2 views, 3, H, W), labels (B,), -1 where there is no image."""
+        mine = range(RANK, len(self.samples), PROCESSES)
+        yield from self.load([(list(mine[start:start + size]), 0) for start in range(0, len(mine), size)])
+
+
+def class_names(root):
+    """-> the classes of an ImageNet folder, which are those of its train/ and its val/."""
+    train, val = (in_folder(torchvision.datasets.folder.find_classes, root, split)[0] for split in ("train", "val"))
+    if train != val:
+        one = min({*train} ^ {*val})
+        fail(f"--data-dir {root}: train/ and val/ have other classes ({len(train)} and {len(val)}; {one} is only in "
+             f"{'train' if one in train else 'val'}/): sort val/'s images into folders of the same names")
+    return train
+
+
+def in_folder(function, root, split):
+    """-> what a function of torchvision's makes of root/split; a folder that is none ends the program."""
+    try:
+        return function(root / split)
+    except OSError as error:
+        fail(f"--data-dir {root} is no folder with {split}/CLASS/*.JPEG, as ImageNet is ({str(error).splitlines()[0]})")
+
+
+def load_data(config, root, device=torch.device("cpu"), workers=None, splits=("train", "test")):
+    """-> {"train": data, "test": data}, Arrays or Folders; of the training images config["fraction"] of each class,
+    chosen by seed. Batches are made on the device where it is CUDA, else on the CPU.
+
+    workers: processes that decode files; None: the machine's cores, shared by its training processes, but none beside
+    a CPU that trains.
+    """
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if device.type == "cpu" else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    data, device = {}, device if device.type == "cuda" else torch.device("cpu")
+    for split in splits:
+        if config["data"] == "imagenet":
+            folder = in_folder(torchvision.datasets.ImageFolder, root, "train" if split == "train" else "val")
+            if len(folder.classes) != config["num_classes"]:
+                fail(f"{folder.root} has {len(folder.classes)} classes, and the model {config['num_classes']}")
+            samples, labels = folder.samples, torch.tensor(folder.targets)
+        elif config["data"] == "cifar100":
+            images, labels = cifar100(root, train=split == "train")
+        else:
+            images, labels = numbers(30_000, seed=1) if split == "train" else numbers(4_000, seed=2)
+        rows = torch.arange(len(labels))
+        if split == "train" and config["fraction"] < 1:
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
+            places = [order[labels[order] == label] for label in labels.unique()]
+            rows = torch.cat([rows[:round(config["fraction"] * len(rows))] for rows in places])
+        if config["data"] == "imagenet":
+            crops = dict(crop_scale=config["crop_scale"], bicubic=config["bicubic"]) if split == "train" else {}
+            data[split] = Folder([samples[row] for row in rows], config["image_size"], device, workers, **crops)
+        else:
+            data[split] = Arrays(images[rows], labels[rows], device)
     return data
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
 # Pillow's arithmetic for batches of uint8 images (B, 3, H, W), every image with parameters of its own, tensors (B,).
 
+def rows_of(mask, device):
+    """-> the numbers of the rows that are True, found where the mask is, on the CPU: no accelerator is waited for."""
+    return mask.nonzero()[:, 0].to(device)
+
+
 def sample(x, grid, bicubic):
     """x at grid (B, H, W, 2), places (u, v) from -1 to 1, by bicubic or linear interpolation; the border goes on."""
     y = torch.empty(x.shape, device=x.device)
-    for rows, mode in ((bicubic, "bicubic"), (~bicubic, "bilinear")):
+    for mask, mode in ((bicubic, "bicubic"), (~bicubic, "bilinear")):
+        rows = rows_of(mask, x.device)
         y[rows] = F.grid_sample(x[rows].float(), grid[rows], mode, "border", align_corners=False)
     return y.clamp(0, 255)
 
@@ -157,16 +363,15 @@ def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     return torch.where(inside, sample(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
 
 
-def resized_crop(x, box, bicubic, flip):
-    """The boxes (B, 4), top, left, height and width in pixels, enlarged to the whole image, mirrored where `flip`."""
+def resized_crop(x, box, bicubic):
+    """The boxes (B, 4), top, left, height and width in pixels, enlarged to the whole image."""
     lines = []
     for axis, n in enumerate(x.shape[2:]):
         start, size = box[:, axis, None], box[:, axis + 2, None]
         place = (torch.arange(n, device=x.device) + 0.5) / n * size
         place = start + place.clamp(min=0.5).minimum(size - 0.5)     # past the box's border its last pixel goes on
         lines.append(place * 2 / n - 1)
-    v, u = lines[0], torch.where(flip[:, None], lines[1].flip(1), lines[1])
-    grid = torch.stack(torch.broadcast_tensors(u[:, None], v[..., None]), dim=-1)        # (B, H, W, 2)
+    grid = torch.stack(torch.broadcast_tensors(lines[1][:, None], lines[0][..., None]), dim=-1)  # (B, H, W, 2)
     return sample(x, grid, bicubic).round().to(torch.uint8)
 
 
@@ -222,12 +427,12 @@ def draw_images(count, height, width, recipe):
     """-> what happens to each of `count` images, drawn on the CPU: the same whatever the device."""
     crop = draw_boxes(count, height, width, (recipe["crop_scale"], 1.0), 4 / 3, whole=True)
     crop[(crop[:, 2] == 0) | (recipe["crop_scale"] == 1)] = torch.tensor([0.0, 0.0, height, width])
-    shape = count, recipe["ra_ops"]
+    shape, bicubic = (count, recipe["ra_ops"]), recipe["bicubic"]
     return dict(
-        crop=crop, crop_bicubic=torch.rand(count) < 0.5, flip=torch.rand(count) < recipe["flip"],
+        crop=crop, crop_bicubic=torch.rand(count) < bicubic, flip=torch.rand(count) < recipe["flip"],
         operation=torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1),  # -1: not applied
         magnitude=(recipe["ra_magnitude"] + 0.5 * torch.randn(shape)).clamp(0, 10),
-        sign=torch.where(torch.rand(shape) < 0.5, -1.0, 1.0), bicubic=torch.rand(shape) < 0.5,
+        sign=torch.where(torch.rand(shape) < 0.5, -1.0, 1.0), bicubic=torch.rand(shape) < bicubic,
         erase=draw_boxes(count, height, width, (0.02, 1 / 3), 1 / 0.3, whole=False)
         * (torch.rand(count, 1) < recipe["erase"]))
 
@@ -246,14 +451,19 @@ def draw_mixing(steps, height, width, recipe):
 
 
 def augment(x, draws, recipe, fill):
-    """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
-    if recipe["crop_scale"] < 1 or recipe["flip"] > 0:
-        x = resized_crop(x, draws["crop"], draws["crop_bicubic"], draws["flip"])
+    """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places.
+
+    draws: of draw_images, on the CPU."""
+    if recipe["crop_scale"] < 1:
+        x = resized_crop(x, draws["crop"].to(x.device), draws["crop_bicubic"])
+    if recipe["flip"] > 0:
+        x = torch.where(draws["flip"].to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
     for operation, m, s, bicubic in zip(*(draws[key].T for key in ("operation", "magnitude", "sign", "bicubic"))):
         for number, apply in enumerate(OPERATIONS.values()):
-            rows = (operation == number).nonzero()[:, 0]
-            if len(rows):
-                x[rows] = apply(x[rows], m[rows], s[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
+            chosen = operation == number
+            if chosen.any():
+                rows, how = rows_of(chosen, x.device), partial(warp, bicubic=bicubic[chosen], fill=fill)
+                x[rows] = apply(x[rows], m[chosen].to(x.device), s[chosen].to(x.device), how)
     return x
 
 
@@ -262,26 +472,72 @@ def normalise(x, data):
     return v2.normalize(x / 255, *PIXELS[data], inplace=True)
 
 
-def prepare(x, y, draws, keep, recipe, classes, seed):
-    """Makes the batches of several steps at once, so that augmentation costs little beside them.
+def prepare(x, y, draws, keep, recipe, classes, seed, place=0):
+    """Makes the batches of some steps, or of each a part that begins at `place`, with an even number of images.
 
     x: uint8 (S, B, 3, H, W); y: labels (S, B); draws: draw_images of the S * B; keep: draw_mixing of the S, or None.
-    -> normalised images, and labels, or with mixing each label's share (S, B, classes). An image's partner is the one
-    at its place in the flipped batch; erasing, by noise, comes last.
+    -> normalised images, and labels, or with mixing each label's share (S, B, classes). Image i is mixed with its
+    neighbour i xor 1. ViT-Lite's recipe erases after mixing; DeiT's, erase_first, before, and mixes floats.
     """
-    draws, shape = {name: value.to(x.device) for name, value in draws.items()}, x.shape
-    fill = (255 * torch.tensor(PIXELS[recipe["data"]][0], device=x.device)).round()
-    x = augment(x.flatten(0, 1), draws, recipe, fill).view(shape)
+    (S, B), shape, data = y.shape, x.shape[2:], recipe["data"]
+    fill = (255 * torch.tensor(PIXELS[data][0], device=x.device)).round()
+    keep = keep if keep is None else keep.to(x.device)[:, None, None]  # (S, 1, 1, H, W)
+
+    def mix(x):
+        if keep is None:
+            return x
+        x = x.view(S, B, *shape).to(keep.dtype)
+        return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep).flatten(0, 1)
+
+    def erase(x):
+        """Every image's noise is a window of its step's noise that begins at the image's place in the batch."""
+        rows, size = rows_of(draws["erase"][:, 2] > 0, x.device), shape.numel()
+        noise = torch.randn(S, size + recipe["batch_size"], generator=torch.Generator(x.device).manual_seed(seed),
+                            device=x.device).unfold(1, size, 1)
+        noise = noise[rows // B, place + rows % B].view(-1, *shape)
+        inside = box_mask(draws["erase"].to(x.device)[rows], *shape[1:])[:, None]
+        x[rows] = torch.where(inside, noise, x[rows])
+        return x
+
+    x = augment(x.flatten(0, 1), draws, recipe, fill)                # (S * B, 3, H, W), as all that follows
+    x = mix(erase(normalise(x, data))) if recipe["erase_first"] else erase(normalise(mix(x).round(), data))
     if keep is not None:
-        keep = keep.to(x.device)[:, None, None]                      # (S, 1, 1, H, W)
-        x = torch.lerp(x.flip(1).float(), x.float(), keep).round()
         share, y = keep.mean((2, 3, 4))[..., None], F.one_hot(y, classes).float()
-        y = share * y + (1 - share) * y.flip(1)
-    x = normalise(x, recipe["data"]).flatten(0, 1)
-    rows = (draws["erase"][:, 2] > 0).nonzero()[:, 0]
-    noise = torch.randn(len(rows), *shape[2:], generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
-    x[rows] = torch.where(box_mask(draws["erase"][rows], *shape[3:])[:, None], noise, x[rows])
-    return x.view(shape), y
+        y = share * y + (1 - share) * y.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
+    return x.view(S, B, *shape), y
+
+
+def epoch_batches(config, data, epoch, first, classes, parts):
+    """Yields images and labels as a training step takes them, from step `first` of an epoch on, on data.device.
+
+    Of a step's batch a process takes an equal share, in as many `parts` as it sums gradients over. What an image
+    becomes depends on (seed, epoch, place in the whole batch), the way images are mixed on (seed, epoch, step): how a
+    batch is shared out changes nothing. With `repeats`, two images take turns, a b a b a b, on places side by side, so
+    that nothing is mixed with itself and one decoding serves all crops.
+    """
+    size, shape = config["batch_size"], (config["image_size"],) * 2
+    share, steps = size // PROCESSES, len(data) // size
+    mixing, recipe = config["mixup"] > 0 or config["cutmix"] > 0, config
+    if isinstance(data, Folder):
+        recipe = config | dict(crop_scale=1.0)                       # its workers have cropped
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config["seed"] * 100_003 + epoch)    # the CPU's, no other
+        order, seeds = torch.randperm(len(data)), torch.randint(2**62, (steps,)).tolist()
+    place = torch.arange(steps * size)
+    order = order[place // (2 * config["repeats"]) * 2 + place % 2].view(steps, size)
+    mine = range(RANK * share, (RANK + 1) * share)
+    # A piece: its first step, its columns of the batch, images (S, B, 3, H, W), labels (S, B).
+    for step, columns, x, y in data.pieces(order, seeds, first, mine, share // parts):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seeds[step])
+            draws = draw_images(len(x) * size, *shape, recipe)
+            keep = draw_mixing(len(x), *shape, config) if mixing else None
+        draws = {key: value.unflatten(0, (-1, size))[:, columns.start:columns.stop].flatten(0, 1)
+                 for key, value in draws.items()}
+        x, y = prepare(x, y, draws, keep, recipe, classes, seeds[step] + 1, columns.start)
+        for i in range(max(0, first - step), len(x)):
+            yield from zip(x[i].split(share // parts), y[i].split(share // parts))
+        del x, y                                                     # before the next ones are made
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -325,17 +581,52 @@ def step_functions(model, config, device):
             torch.compile(predict, **strictly))
 
 
+class LossModule(nn.Module):
+    """The loss of a training step as the module that DistributedDataParallel asks for."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x, y):
+        return self.loss(x, y)
+
+
+def add_up(numbers):
+    """-> floats, summed over the processes."""
+    sums = torch.tensor(numbers, dtype=torch.float64)                # on the CPU, exact for counts
+    if PROCESSES > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+VIEWS = {"test_accuracy": "test_loss", "full_crop_accuracy": "full_crop_loss"}  # what is measured of each view
+
+
 @torch.no_grad()
-def evaluate(predict, images, labels, data, device, batch_size=500, stopped=()):
-    """-> (accuracy in percent, mean cross entropy) over all images, or None once something is in `stopped`."""
-    batch_size, hits, loss = min(batch_size, len(images)), 0, 0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+def evaluate(predict, test, data, device, stopped=()):
+    """-> for each view accuracy in percent and mean cross entropy, by their names in VIEWS, over the images of all
+    processes; None once one of them has something in `stopped`."""
+    hits, losses, count, size = [0] * test.views, [0.0] * test.views, 0, 0
+    for x, y in test.test_batches():
         if stopped:
-            return None
-        x, y = F.pad(x, (0, 0) * 3 + (0, batch_size - len(x))).to(device), y.to(device)  # constant shapes
-        logits = predict(normalise(x, data))[:len(y)]
-        hits, loss = hits + (logits.argmax(1) == y).sum(), loss + F.cross_entropy(logits, y, reduction="sum")
-    return 100 * hits.item() / len(labels), loss.item() / len(labels)
+            break
+        size = max(size, len(x))                                     # all batches as large as the first: padded
+        x, y = F.pad(x, (0, 0) * 4 + (0, size - len(x))).to(device), y.to(device)
+        count = count + (y >= 0).sum()
+        for view in range(test.views):
+            logits = predict(normalise(x[:, view], data))[:len(y)]
+            hits[view] += (logits.argmax(1) == y).sum()
+            losses[view] += F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
+    if agree(int(bool(stopped))):
+        return None
+    *sums, count = add_up([*map(float, hits + losses), float(count)])
+    if not count:
+        fail("not one test image can be decoded")
+    found = {}
+    for view, (accuracy, loss) in zip(range(test.views), VIEWS.items()):
+        found |= {accuracy: 100 * sums[view] / count, loss: sums[test.views + view] / count}
+    return found
 
 
 def save(path, contents):
@@ -382,23 +673,15 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train_run(config, model, split, folder, device, saved=None):
-    """Trains, and writes the folder at the end of every epoch; `saved`: the checkpoint of last.pt to go on from."""
-    images, labels = split["train"]
-    epochs, size, cuda = config["epochs"], config["batch_size"], device.type == "cuda"
-    steps = len(images) // size                                      # an epoch's; the last, smaller batch is left out
+def train_run(config, model, split, folder, device, saved=None, parts=1):
+    """Trains, and writes the folder at the end of every epoch; `saved`: the checkpoint of last.pt to go on from.
+
+    parts: how many pieces a process takes its share of a batch in, summing their gradients.
+    """
+    train, epochs, size, cuda = split["train"], config["epochs"], config["batch_size"], device.type == "cuda"
+    steps = len(train) // size                                       # an epoch's; the last, smaller batch is left out
     optimizer = torch.optim.AdamW(parameter_groups(model, config["weight_decay"], config["decay_pe"]), fused=True)
     schedule = {key: config[key] for key in ("epochs", "warmup_epochs", "cooldown_epochs", "lr", "min_lr", "warmup_lr")}
-    loss_of, predict = step_functions(model, config, device)
-    classes, mixing = model.head.out_features, config["mixup"] > 0 or config["cutmix"] > 0
-    if config["compile"] != "off":                                   # before the clock starts
-        x = torch.zeros(size, *images.shape[1:], device=device)
-        y = torch.zeros((size, classes) if mixing else size, dtype=torch.float if mixing else torch.long, device=device)
-        begin = time.perf_counter()
-        with torch.random.fork_rng(devices=[device] if cuda else []):
-            loss_of(x, y).backward()
-        optimizer.zero_grad()
-        typer.echo(f"compiled  in {time.perf_counter() - begin:.0f} s")
     losses = torch.zeros(steps, device=device)
     log, best, epoch, done, seconds = [], dict(epoch=0, test_accuracy=-1.0), 0, 0, 0.0  # done: steps of this epoch
     if saved:
@@ -409,6 +692,21 @@ def train_run(config, model, split, folder, device, saved=None):
         torch.set_rng_state(saved["rng"])
         if saved["device_rng"] is not None and device.type == saved["config"]["environment"]["device"].split(":")[0]:
             torch.get_device_module(device).set_rng_state(saved["device_rng"])
+    if RANK:                                                         # its dropout is not the first process's
+        torch.manual_seed((config["seed"] + epoch * steps + done) * 100_003 + RANK)
+    loss_of, predict = step_functions(model, config, device)
+    if PROCESSES > 1:
+        loss_of = DistributedDataParallel(LossModule(model, loss_of))
+    classes, mixing = model.head.out_features, config["mixup"] > 0 or config["cutmix"] > 0
+    if config["compile"] != "off":                                   # before the clock starts
+        many = size // (PROCESSES * parts)
+        x = torch.zeros(many, *model.image_shape, device=device)
+        y = torch.zeros((many, classes) if mixing else many, dtype=torch.float if mixing else torch.long, device=device)
+        begin = time.perf_counter()
+        with torch.random.fork_rng(devices=[device] if cuda else []):
+            loss_of(x, y).backward()
+        optimizer.zero_grad()
+        say(f"compiled  in {time.perf_counter() - begin:.0f} s")
     start = time.perf_counter() - seconds
 
     def check():
@@ -420,6 +718,8 @@ def train_run(config, model, split, folder, device, saved=None):
 
     def write(first):
         check()
+        if RANK:
+            return
         contents = dict(model=model.state_dict(), config=config, epoch=epoch, best=best, log=log)
         if log and best["epoch"] == epoch and done == 0:
             save(folder / "best.pt", contents)
@@ -432,66 +732,68 @@ def train_run(config, model, split, folder, device, saved=None):
                 (folder / name).unlink(missing_ok=True)
         save_record(folder, config, log)
 
-    typer.echo("\nepoch      loss   test %         lr   images/s   seconds")
+    views = list(VIEWS)[:split["test"].views]
+    say("\nepoch      loss   test %" + "  full crop" * (len(views) - 1) + "         lr   images/s   seconds")
     bar = tqdm(total=epochs * steps * size, initial=(epoch * steps + done) * size, unit="image", unit_scale=True,
-               disable=None)                                         # silent without a terminal
+               disable=True if RANK else None)                       # silent without a terminal
     with bar, stop_signals() as stopped:
         while epoch < epochs:
-            epoch_done, epoch_start = done, time.perf_counter()
-            shown = epoch_start
-            with torch.random.fork_rng(devices=[]):                  # all that is random about the epoch's images
-                torch.default_generator.manual_seed(config["seed"] * 100_003 + epoch)  # the CPU's, no other
-                order = torch.randperm(len(images))[:steps * size].view(steps, size)
-                draws = draw_images(steps * size, *images.shape[2:], config)
-                keep = draw_mixing(steps, *images.shape[2:], config) if mixing else None
-                noise = torch.randint(2**62, (steps,)).tolist()
-            chunk = steps if cuda else max(1, 2048 // size)          # steps whose batches are made at once
-            while done < steps and not stopped:
-                first = done // chunk * chunk
-                part, rows = slice(first, first + chunk), slice(first * size, (first + chunk) * size)
-                chosen = order[part].to(images.device)
-                x, y = prepare(images[chosen], labels[chosen], {name: value[rows] for name, value in draws.items()},
-                               keep[part] if mixing else None, config, classes, noise[first])
-                for i in range(done - first, len(x)):
-                    lr = lr_at(epoch if config["lr_per"] == "epoch" else epoch + done / steps, **schedule)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
+            epoch_done, epoch_start, stop = done, time.perf_counter(), 0
+            failures = sum(data.failures for data in split.values())
+            shown, losses[done:] = epoch_start, 0
+            batches = epoch_batches(config, train, epoch, done, classes, parts) if done < steps else ()
+            for number, (x, y) in enumerate(batches):
+                last = number % parts == parts - 1
+                with nullcontext() if last or PROCESSES == 1 else loss_of.no_sync():
                     if config["compile"] == "graphs":
                         torch.compiler.cudagraph_mark_step_begin()
-                    loss = loss_of(x[i].to(device), y[i].to(device))
+                    loss = loss_of(x.to(device), y.to(device)) / parts
                     loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    losses[done] = loss.detach()
-                    done += 1
-                    bar.update(size)
-                    if stopped:
-                        break
-                    if time.perf_counter() > shown + 1:              # reading a loss waits for the device: seldom
-                        check()
-                        bar.set_postfix(loss=f"{losses[done - 1].item():.3f}", lr=f"{lr:.2e}", refresh=False)
-                        shown = time.perf_counter()
-                del x, y                                             # before the next ones are made
+                losses[done] += loss.detach()
+                if not last:
+                    continue
+                lr = lr_at(epoch if config["lr_per"] == "epoch" else epoch + done / steps, **schedule)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+                bar.update(size)
+                stop = agree(signal.Signals[stopped[0]] if stopped else 0)
+                if stop:
+                    break
+                if time.perf_counter() > shown + 1:                  # reading a loss waits for the device: seldom
+                    check()
+                    bar.set_postfix(loss=f"{losses[done - 1].item():.3f}", lr=f"{lr:.2e}", refresh=False)
+                    shown = time.perf_counter()
+            del batches                                              # before the memory is needed elsewhere
             check()
             speed = (done - epoch_done) * size / (time.perf_counter() - epoch_start)
+            if PROCESSES > 1:
+                dist.all_reduce(losses)
+                losses /= PROCESSES
             model.eval()
-            result = evaluate(predict, *split["test"], config["data"], device, stopped=stopped)
+            result = None if stop else evaluate(predict, split["test"], config["data"], device, stopped)
             model.train()
             if result is None:
+                stop = agree(signal.Signals[stopped[0]] if stopped else 0)
                 write(first=not saved and not log)
                 bar.close()
-                typer.echo(f"stopped by {stopped[0]} after step {done} of {steps} of epoch {epoch + 1}: saved; the "
-                           "same command with --resume goes on")
-                raise typer.Exit(128 + signal.Signals[stopped[0]])
+                say(f"stopped by {signal.Signals(stop).name} after step {done} of {steps} of epoch {epoch + 1}: saved; "
+                    "the same command with --resume goes on")
+                raise typer.Exit(128 + stop)
             epoch, done = epoch + 1, 0
-            log.append(dict(epoch=epoch, loss=losses.mean().item(), test_loss=result[1], test_accuracy=result[0],
-                            lr=optimizer.param_groups[0]["lr"], images_per_second=speed,
-                            seconds=time.perf_counter() - start))
-            if result[0] > best["test_accuracy"]:
-                best = dict(epoch=epoch, test_accuracy=result[0])
+            log.append(dict(epoch=epoch, loss=losses.mean().item(), **result, lr=optimizer.param_groups[0]["lr"],
+                            images_per_second=speed, seconds=time.perf_counter() - start))
+            if config["data"] == "imagenet":
+                log[-1]["unreadable"] = int(*add_up([sum(data.failures for data in split.values()) - failures]))
+            if result["test_accuracy"] > best["test_accuracy"]:
+                best = dict(epoch=epoch, test_accuracy=result["test_accuracy"])
             write(first=not saved and len(log) == 1)
-            bar.write("{epoch:>5} {loss:>9.4f} {test_accuracy:>8.2f} {lr:>10.2e} {images_per_second:>10,.0f} "
-                      "{seconds:>9.0f}".format(**log[-1]))
+            tested = "".join(f" {result[view]:>{8 + 2 * (view != views[0])}.2f}" for view in views)
+            if RANK == 0:
+                bar.write("{epoch:>5} {loss:>9.4f}{tested} {lr:>10.2e} {images_per_second:>10,.0f} {seconds:>9.0f}"
+                          .format(**log[-1], tested=tested))
     return log, best
 
 
@@ -522,10 +824,13 @@ def keep_freed_memory():
 
 
 def usable_device(name):
-    """-> torch.device of --device; auto is an accelerator where there is one."""
+    """-> torch.device of --device; auto is an accelerator where there is one; of several processes each has a GPU."""
     name = (accelerator() or "cpu") if name == "auto" else name
     if name.split(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
         fail(f"unknown --device {name!r}: choose from auto, cpu, cuda, mps, xpu")
+    if PROCESSES > 1 and name not in ("cpu", "cuda"):
+        fail(f"--device {name} is for one process: take cuda or cpu with torchrun")
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" and PROCESSES > 1 else name
     try:
         device = torch.zeros(1, device=name).device
         if device.type == "cuda":
@@ -541,8 +846,6 @@ def configure(flags):
     """Flags (None: not given) -> the run's configuration, plain values that decide all but where it runs."""
     data, method, cuda = flags["data"], flags["method"], usable_device(flags["device"]).type == "cuda"
     data = data or ("cifar100" if accelerator() else "numbers")
-    if data == "imagenet":
-        fail("--data imagenet cannot be trained by this version: use --data cifar100 or --data numbers")
     row = pe, pool, mpvg = flags["pe"], flags["pool"], flags["mpvg"]
     if method is not None and any(row):
         fail("--method names a whole row: leave out --pe, --pool and --mpvg, or --method")
@@ -561,20 +864,29 @@ def configure(flags):
     overrides = {key: value for key, value in overrides.items() if repr(value) != repr(row[key])}
 
     recipe = RECIPES[data] | {key: flags[key] for key in RECIPES[data] if flags[key] is not None}
+    if data == "imagenet" and flags["lr"] is None:
+        recipe["lr"] *= recipe["batch_size"] / RECIPES[data]["batch_size"]
     for key in ("warmup_epochs", "cooldown_epochs"):                 # short runs warm up and cool down shortly
         if flags[key] is None:
             recipe[key] = type(recipe[key])(min(recipe[key], recipe["epochs"] / 10))
-    if MODELS.get(recipe["model"], dict(image_size=32)).get("image_size") != 32:
+    if data != "imagenet" and recipe["image_size"] != 32:
+        fail(f"{data} has images of 32x32: --image-size is for --data imagenet")
+    if data != "imagenet" and MODELS.get(recipe["model"], dict(image_size=32)).get("image_size") != 32:
         fail(f"{recipe['model']} takes images of 224x224, {data} has 32x32: use vit-lite or vit-nano")
+    pair, parts = 1 + bool(recipe["mixup"] or recipe["cutmix"]), flags["accumulate"]
+    if recipe["batch_size"] % (PROCESSES * parts * pair):
+        fail(f"--batch-size {recipe['batch_size']} is not a multiple of {PROCESSES * parts * pair}: processes "
+             f"({PROCESSES}) x --accumulate ({parts})" + " x 2, as images are mixed in pairs" * (pair - 1))
     if recipe["warmup_epochs"] + recipe["cooldown_epochs"] >= recipe["epochs"]:
         fail("--warmup-epochs and --cooldown-epochs leave nothing of --epochs {epochs}: lower them".format(**recipe))
     if flags["resume"] and flags["overwrite"]:
         fail("--resume goes on with a run and --overwrite replaces it: give one")
-    if flags["compile"] == "graphs" and not cuda:
-        fail("--compile graphs needs CUDA: use --compile on, or off")
+    if flags["compile"] == "graphs" and (not cuda or PROCESSES > 1):
+        fail("--compile graphs needs CUDA and one process: use --compile on, or off")
     if flags["freeze"] and not flags["init"]:
         fail("--freeze trains the head alone: --init says which weights it keeps")
-    config = dict(data=data, method=method, overrides=overrides, seed=flags["seed"], **recipe)
+    classes = len(class_names(flags["data_dir"])) if data == "imagenet" else 100
+    config = dict(data=data, num_classes=classes, method=method, overrides=overrides, seed=flags["seed"], **recipe)
     config |= {key: flags[key] for key in ("drop_path", "attn_drop", "fraction", "freeze")}
     config |= dict(init=str(flags["init"]) if flags["init"] else None,
                    precision=flags["precision"] or ("bf16" if cuda else "fp32"),
@@ -600,9 +912,10 @@ def run_folder(flags, config):
 
 def build(config, **changes):
     """-> the configuration's model; a combination that cannot be ends the program."""
-    noise = {key: config[key] for key in ("drop_path", "attn_drop") if config[key] is not None}
+    keys = "image_size", "num_classes", "drop_path", "attn_drop"     # the model's own where None, or an older run's
+    changes = {key: config[key] for key in keys if config.get(key) is not None} | changes
     try:
-        return create(config["model"], config["method"], **config["overrides"], **noise, **changes)
+        return create(config["model"], config["method"], **config["overrides"], **changes)
     except ValueError as error:
         fail(error)
 
@@ -615,8 +928,9 @@ def environment(device):
     except OSError:                                                  # no git here
         git = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return dict(device=str(device), device_name=name, threads=torch.get_num_threads(), torch=str(torch.__version__),
-                torchvision=torchvision.__version__, python=platform.python_version(), git=git)
+    return dict(device=str(device), device_name=name, threads=torch.get_num_threads(), processes=PROCESSES,
+                torch=str(torch.__version__), torchvision=torchvision.__version__, python=platform.python_version(),
+                git=git)
 
 
 def given_flags(ctx):
@@ -641,6 +955,21 @@ def checkpoint_of(path):
     return path / "last.pt" if path.is_dir() else path
 
 
+def found_run(folder, config, resume, overwrite):
+    """-> the checkpoint to go on from, or None for a new run; a folder that is neither ends the program."""
+    if resume and (folder / "last.pt").exists():
+        saved = read(folder / "last.pt")
+        changed = [f"{key} was {saved['config'].get(key)}, is {config[key]}" for key in config
+                   if saved["config"].get(key) != config[key]]
+        if changed:
+            fail(f"{folder} was trained with other flags: {'; '.join(changed)} (give those, or another --name)")
+        save_record(folder, saved["config"], saved["log"])           # a kill may have come before them
+        return saved
+    if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
+        fail(f"{folder} exists: --resume goes on with it, --overwrite replaces it, --name chooses another")
+    return None
+
+
 @app.callback(invoke_without_command=True)
 def train(
     ctx: typer.Context,
@@ -658,20 +987,31 @@ def train(
     pe_init: Literal["learned", "sincos"] | None = flag("Method", "sincos: a fixed table.", of="learned"),
     model: str | None = flag("Method", f"One of {', '.join(MODELS)}.", of="model"),
     data: Literal["numbers", "cifar100", "imagenet"] | None = flag(
-        "Data", "numbers: built in, drawn in seconds. cifar100: downloaded where absent. imagenet: later.",
-        of="cifar100 with an accelerator, numbers without"),
-    data_dir: Path = flag("Data", "Where cifar100 is or goes.", value=Path("data")),
+        "Data", "numbers: built in, drawn in seconds. cifar100: downloaded where absent. imagenet: files of "
+        "--data-dir.", of="cifar100 with an accelerator, numbers without"),
+    data_dir: Path = flag("Data", "Where cifar100 is or goes; where train/CLASS/*.JPEG and val/CLASS/*.JPEG are.",
+                          value=Path("data")),
     fraction: float = flag("Data", "Part of each class's training images to use.", value=1.0, min=0, max=1),
+    image_size: int | None = flag("Data", "Pixels a side that imagenet's files are cropped to.", of="image_size",
+                                  min=1),
+    workers: int | None = flag("Data", "Processes that decode imagenet's files, for each training process.",
+                               of="the cores, shared; on a CPU 0", min=0),
+    repeats: int | None = flag("Data", "Repeated augmentation: crops of an image in an epoch, of fewer images.",
+                               of="repeats", min=1),
     crop_scale: float | None = flag("Data", "Random crop: least area; 1: none.", of="crop_scale", min=0.01, max=1),
+    bicubic: float | None = flag("Data", "Probability of bicubic interpolation, else it is linear.", of="bicubic",
+                                 min=0, max=1),
     flip: float | None = flag("Data", "Probability of a horizontal flip.", of="flip", min=0, max=1),
     ra_ops: int | None = flag("Data", "RandAugment: operations an image (p 0.5 each).", of="ra_ops", min=0, max=15),
     ra_magnitude: float | None = flag("Data", "RandAugment: mean strength.", of="ra_magnitude", min=0, max=10),
     mixup: float | None = flag("Data", "Mixup's alpha; with CutMix, a step takes either.", of="mixup", min=0),
     cutmix: float | None = flag("Data", "CutMix's alpha.", of="cutmix", min=0),
     erase: float | None = flag("Data", "Probability of erasing a box.", of="erase", min=0, max=1),
+    erase_first: bool | None = flag("Data", "Is a box erased before images are mixed?", of="erase_first"),
     epochs: int | None = flag("Recipe", "Passes over the training images, all in all.", of="epochs", min=1),
-    batch_size: int | None = flag("Recipe", "Images a step.", of="batch_size", min=1),
-    lr: float | None = flag("Recipe", "Peak learning rate of AdamW.", of="lr", min=0),
+    batch_size: int | None = flag("Recipe", "Images a step, of all processes together.", of="batch_size", min=1),
+    lr: float | None = flag("Recipe", "Peak learning rate of AdamW; imagenet's, unless given, in proportion to "
+                            "--batch-size.", of="lr", min=0),
     min_lr: float | None = flag("Recipe", "Where the cosine ends.", of="min_lr", min=0),
     warmup_lr: float | None = flag("Recipe", "Where the warm-up begins.", of="warmup_lr", min=0),
     warmup_epochs: float | None = flag(
@@ -691,6 +1031,8 @@ def train(
     precision: Literal["fp32", "bf16"] | None = flag("Run", "bf16: autocast.", of="bf16 with CUDA, else fp32"),
     compile: Literal["off", "on", "graphs"] | None = flag(
         "Run", "torch.compile; graphs: with CUDA graphs.", of="on with CUDA, else off"),
+    accumulate: int = flag("Run", "Take a step's images in that many parts, where memory is short: the same result.",
+                           value=1, min=1),
     name: str | None = flag("Run", "Folder of this run.", of="METHOD-MODEL-DATA-seedN"),
     runs: Path = flag("Run", "Where run folders go.", value=Path("runs")),
     resume: bool = flag("Run", "Go on with the run of that name, or start it.", "--resume", value=False),
@@ -704,29 +1046,46 @@ def train(
     if ctx.invoked_subcommand:
         if given := given_flags(ctx):
             fail(f"--{given[0]} stands before {ctx.invoked_subcommand}: a subcommand takes its flags after its name")
+        if PROCESSES > 1:
+            fail(f"{ctx.invoked_subcommand} takes one process: start it without torchrun")
         return
     config, device = configure(flags), usable_device(device)
     folder, found = run_folder(flags, config), "an" if accelerator() else "no"
-    typer.echo(f"data      {config['data']}" + ("" if data else f" ({found} accelerator found; --data chooses)")
-               + f", device {device}")
+    say(f"data      {config['data']}" + ("" if data else f" ({found} accelerator found; --data chooses)")
+        + f", device {device}" + f" and {PROCESSES - 1} more" * (PROCESSES > 1))
     torch.manual_seed(seed)
     vit = build(config)
     toggles = METHODS[config["method"]] | config["overrides"]
-    typer.echo(f"method    {label(config)}: " + ", ".join(f"{key}={value}" for key, value in toggles.items()))
-    saved = None
-    if resume and (folder / "last.pt").exists():
-        saved = read(folder / "last.pt")
-        changed = [f"{key} was {saved['config'].get(key)}, is {config[key]}" for key in config
-                   if saved["config"].get(key) != config[key]]
-        if changed:
-            fail(f"{folder} was trained with other flags: {'; '.join(changed)} (give those, or another --name)")
-        save_record(folder, saved["config"], saved["log"])           # a kill may have come before them
-        if saved["epoch"] == config["epochs"]:
-            typer.echo(f"run       {folder} is finished: test accuracy {saved['log'][-1]['test_accuracy']:.2f} %")
-            return
-    elif folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
-        fail(f"{folder} exists: --resume goes on with it, --overwrite replaces it, --name chooses another")
-    elif init:
+    say(f"method    {label(config)}: " + ", ".join(f"{key}={value}" for key, value in toggles.items()))
+    if PROCESSES > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        train_here(flags, config, vit, folder, device)
+    except torch.OutOfMemoryError:
+        fail(f"{device} is out of memory: raise --accumulate, lower --batch-size, or --jobs of a sweep")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "DataLoader worker" in reason:
+            fail(f"a worker process has ended ({reason}): is memory, or shared memory, short? Lower --workers")
+        if PROCESSES == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        reason = reason.split("] ", 1)[-1].split(". ")[0]            # of gloo's, without its file and its advice
+        fail(f"process {RANK} of {PROCESSES} has lost another one, which may have said why ({reason}); what was saved "
+             "is whole, --resume goes on")
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+
+
+def train_here(flags, config, vit, folder, device):
+    """One process's part of a run, from its flags to the last line."""
+    box = [found_run(folder, config, flags["resume"], flags["overwrite"]) if RANK == 0 else None]
+    if PROCESSES > 1:                                                # the first one's disk may be its own
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    saved, init = box[0], flags["init"]
+    if saved and saved["epoch"] == config["epochs"]:
+        say(f"run       {folder} is finished: test accuracy {saved['log'][-1]['test_accuracy']:.2f} %")
+        return
+    if init and not saved:
         head, source = copy.deepcopy(vit.head), checkpoint_of(init)
         try:
             load_weights(vit, source, new_head=True)
@@ -738,31 +1097,35 @@ def train(
         if trained.get("config", config)["data"] != config["data"]:  # other classes, even where they are as many
             vit.head = head
         kept = "its head, too" if (vit.head.weight != head.weight).any() else "with a new head"
-        typer.echo(f"init      {source}, {kept}")
-    vit.requires_grad_(not freeze).to(device).head.requires_grad_(True)
-    split = load_data(config["data"], data_dir, fraction, seed)
-    if device.type == "cuda":                                        # elsewhere batches are made on the CPU
-        split = {part: tuple(tensor.to(device) for tensor in tensors) for part, tensors in split.items()}
-    count = len(split["train"][0])
-    if config["batch_size"] > count:
-        fail(f"--batch-size {config['batch_size']} is more than the {count} training images (--fraction {fraction:g})")
-    config["environment"] = environment(device)
-    make_folder(folder, "--runs")
-    if not (folder / "last.pt").exists():                            # an --overwrite waits until it has something
-        save_record(folder, config, [])
+        say(f"init      {source}, {kept}")
+    vit.requires_grad_(not config["freeze"]).to(device).head.requires_grad_(True)
+    split = None
+    for turn in (RANK == 0, LOCAL_RANK == 0, True):                  # one downloads, then one on every machine
+        if turn and not split:
+            split = load_data(config, flags["data_dir"], device, flags["workers"])
+        if PROCESSES > 1:
+            dist.barrier()
+    count, size, parts = len(split["train"]), config["batch_size"], flags["accumulate"]
+    if size > count:
+        fail(f"--batch-size {size} is more than the {count} training images (--fraction {config['fraction']:g})")
+    config["environment"] = environment(device) | dict(accumulate=parts)
+    if RANK == 0:
+        make_folder(folder, "--runs")
+        if not (folder / "last.pt").exists():                        # an --overwrite waits until it has something
+            save_record(folder, config, [])
 
     decayed, free = ([p.numel() for p in group["params"]] for group in parameter_groups(vit, 0, config["decay_pe"]))
     frozen = [p.numel() for p in vit.parameters() if not p.requires_grad]
-    typer.echo(f"model     {config['model']}, parameters (tensors): {sum(decayed):,} ({len(decayed)}) decayed, "
-               f"{sum(free):,} ({len(free)}) not, {sum(frozen):,} ({len(frozen)}) frozen\n"
-               f"images    {count:,} to train, {len(split['test'][0]):,} to test\nrun       {folder}"
-               + (f", on from step {saved['step']} of epoch {saved['epoch'] + 1}" if saved else ""))
-    try:
-        log, best = train_run(config, vit, split, folder, device, saved)
-    except torch.OutOfMemoryError:
-        fail(f"{device} is out of memory: lower --batch-size, or --jobs of a sweep")
-    typer.echo(f"\nweights in {folder / 'last.pt'}\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last of "
-               f"{config['epochs']} epochs (best: {best['test_accuracy']:.2f} % after epoch {best['epoch']})")
+    say(f"model     {config['model']}, parameters (tensors): {sum(decayed):,} ({len(decayed)}) decayed, "
+        f"{sum(free):,} ({len(free)}) not, {sum(frozen):,} ({len(frozen)}) frozen\n"
+        f"images    {count:,} to train, {len(split['test']):,} to test\n"
+        f"batch     {size} images: {PROCESSES} processes x {parts} parts of {size // PROCESSES // parts}; peak lr "
+        f"{config['lr']:g}\nrun       {folder}"
+        + (f", on from step {saved['step']} of epoch {saved['epoch'] + 1}" if saved else ""))
+    log, best = train_run(config, vit, split, folder, device, saved, parts)
+    full = f"; at a full crop {log[-1]['full_crop_accuracy']:.2f} %" if "full_crop_accuracy" in log[-1] else ""
+    say(f"\nweights in {folder / 'last.pt'}\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last of "
+        f"{config['epochs']} epochs (best: {best['test_accuracy']:.2f} % after epoch {best['epoch']}){full}")
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
@@ -778,8 +1141,9 @@ def interval(values):
 
 def setting(config):
     """-> what a table of runs is headed with: all that is not the recipe's, but for method and seed; is nothing?"""
-    usual = dict(RECIPES[config["data"]], drop_path=None, attn_drop=None, fraction=1.0, freeze=False, init=None)
-    unusual = [key for key in usual if config[key] != usual[key]]
+    usual = dict(RECIPES[config["data"]], drop_path=None, attn_drop=None, fraction=1.0, freeze=False, init=None,
+                 num_classes=1000 if config["data"] == "imagenet" else 100)
+    unusual = [key for key in usual if config.get(key, usual[key]) != usual[key]]    # an older run lacks newer flags
     title = ["{model}, {data}, {epochs} epochs, {precision}".format(**config)]
     return ", ".join(title + [f"{key} {config[key]}" for key in unusual if key not in ("model", "epochs")]), not unusual
 
@@ -937,10 +1301,13 @@ def evaluate_run(
     model, config = fold(model) if fold_ else model, saved["config"]
     predict = step_functions(model, config | dict(compile="off"), device)[1]
     resize = partial(F.interpolate, size=model.image_shape[1:], mode="bicubic", antialias=True)
-    test = load_data(config["data"], data_dir)["test"]
-    accuracy, loss = evaluate(lambda x: predict(resize(x) if image_size else x), *test, config["data"], device)
+    test = load_data(config | dict(image_size=model.image_shape[1]), data_dir, device, splits=["test"])["test"]
+    found = evaluate(lambda x: predict(x if x.shape[1:] == model.image_shape else resize(x)), test, config["data"],
+                     device)
+    full = " (at a full crop {full_crop_accuracy:.2f} %, {full_crop_loss:.4f})" if "full_crop_loss" in found else ""
     typer.echo(f"{label(config)}, {config['model']}, {config['data']}, seed {config['seed']}, epoch {saved['epoch']}: "
-               f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, {len(test[0]):,} images")
+               f"test accuracy {found['test_accuracy']:.2f} %, loss {found['test_loss']:.4f}{full.format(**found)}, "
+               f"{len(test):,} images")
 
 
 @torch.no_grad()
@@ -1042,9 +1409,11 @@ def report(
         name = whole.name if path.is_dir() else f"{whole.parent.name}-{whole.stem}"
         if name in runs:
             fail(f"two runs are called {name}: report them apart")
-        if data not in tests:
-            tests[data] = load_data(data, data_dir)["test"][0][:images]
-        found = measure(model, (normalise(x.to(device), data) for x in tests[data].split(100)))
+        key = data, saved["config"].get("image_size")
+        if key not in tests:
+            test = load_data(saved["config"], data_dir, device, splits=["test"])["test"].test_batches(100)
+            tests[key] = torch.cat([x[y >= 0, 0] for x, y in itertools.islice(test, -(-images // 100))])[:images]
+        found = measure(model, (normalise(x.to(device), data) for x in tests[key].split(100)))
         runs[name] = saved["config"], saved["log"], found
     vectors = "beta", "gamma", "offset"
     summary = {name: {key: found[key] for key in ("correlation", "cosine")}
