@@ -4,6 +4,7 @@
     python bench.py --quick                              # a first look, under a minute on two CPU cores
     python bench.py --model vit-lite --tables training-eager,training-compiled
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --freeze --json FILE
+    python bench.py --data DIR                           # image files: loading, a training step, and both together
 
 The contestants of a table take turns, A B C A B C ..., and a ratio is the median of the rounds' ratios: a machine that
 slows down slows all of them. Absolute figures belong to a machine and an hour.
@@ -17,6 +18,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
 from pathlib import Path
@@ -31,11 +33,32 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from mpvg import METHODS, MODELS, ViT, fold
-from train import environment, fail, flag, make_folder, parameter_groups, save, step_functions, usable_device
+from mpvg import METHODS, MODELS, ViT, create, fold
+from train import (
+    PIXELS,
+    RECIPES,
+    Folder,
+    class_names,
+    default_workers,
+    environment,
+    epoch_batches,
+    epoch_order,
+    fail,
+    flag,
+    given_flags,
+    in_folder,
+    make_folder,
+    parameter_groups,
+    save,
+    step_functions,
+    usable_device,
+)
 
 TABLES = ("inference-eager", "inference-compiled", "training-eager", "training-compiled")
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")                    # the modes of torch.compile that use them
@@ -314,6 +337,91 @@ def run_table(table, names, c, s, bar):
                 attention=entered[0].attention, rows=rows, notes=notes)
 
 
+# --------------------------------------------------------------------------------------------------------- image files
+
+def usual_loader(folder, order, s):
+    """What most training scripts have: Pillow decodes, crops and changes every crop by itself, in the workers.
+
+    The same operations as ours but for mixing; RandAugment's are torchvision's, two, each applied half of the time.
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    change = v2.RandomApply([v2.RandAugment(1, interpolation=bicubic)], 0.5)
+    folder.transform = v2.Compose([
+        v2.RandomResizedCrop(224, interpolation=bicubic), v2.RandomHorizontalFlip(), change, change, v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True), v2.Normalize(*PIXELS["imagenet"]),
+        v2.RandomErasing(0.25, value="random")])
+    return DataLoader(folder, s.batch, sampler=order.flatten().tolist(), num_workers=s.workers,
+                      persistent_workers=s.workers > 0, pin_memory=s.device.type == "cuda")
+
+
+def run_data(root, model, s):
+    """-> plain values: images/s of loading alone, of loading and augmenting, of a training step, and of all together.
+
+    All pass over the same images of one small epoch, with the recipe's repeated augmentation, in turn.
+    """
+    config = RECIPES["imagenet"] | dict(data="imagenet", seed=0, batch_size=s.batch)
+    classes, folder = len(class_names(root)), in_folder(ImageFolder, root, "train")
+    steps = min(len(folder.samples) // s.batch, 12 if s.device.type == "cpu" else 8 * max(s.workers, 4))
+    if not steps:
+        fail(f"--data {root} has only {len(folder.samples)} images to train on: take a smaller --batch")
+    rows = torch.randperm(len(folder.samples), generator=torch.Generator().manual_seed(0))[:steps * s.batch]
+    folder.samples = [folder.samples[row] for row in rows]
+    data = Folder(folder.samples, 224, s.device, s.workers, config["crop_scale"], config["bicubic"])
+    order, seeds = epoch_order(config, len(data), 0)
+    usual = usual_loader(folder, order, s)
+    vit = create(model, "mpvg", num_classes=classes).to(s.device)
+    loss, _ = step_functions(vit, dict(label_smoothing=0.1, compile="on" if s.device.type == "cuda" else "off",
+                                       precision="bf16" if s.dtype == torch.bfloat16 else "fp32"), s.device)
+    optimizer = torch.optim.AdamW(parameter_groups(vit, 0.05, False), fused=True)
+
+    def loaded():
+        return ((x[0], y[0]) for *_, x, y in data.pieces(order, seeds, 0, range(s.batch), s.batch))
+
+    def augmented():
+        return epoch_batches(config, data, 0, 0, classes, 1)
+
+    prepared = [*itertools.islice(augmented(), 4)]
+
+    def go(batches, training):
+        for x, y in batches():
+            x, y = x.to(s.device), y.to(s.device)
+            if training:
+                loss(x, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    contestants = [Contestant(name, partial(go, *how)) for name, how in {
+        "usual pipeline": (lambda: usual, False),
+        "decode, crop": (loaded, False),
+        "and augment": (augmented, False),
+        "training step": (lambda: itertools.islice(itertools.cycle(prepared), steps), True),
+        "all together": (augmented, True)}.items()]
+    for one in tqdm(contestants, "warming up", leave=False, disable=None):
+        one.call()
+    for _, one in tqdm([*itertools.product(range(s.rounds), contestants)], "timing", leave=False, disable=None):
+        one.seconds.append(one.time(s.device))
+    images = steps * s.batch
+    return dict(
+        images=images, files=len(order.unique()), workers=s.workers,
+        bytes_per_file=sum(Path(path).stat().st_size for path, _ in folder.samples) // len(folder.samples),
+        rows=[dict(name=one.name, images_per_second=[images / f(one.seconds) for f in (median, max, min)],
+                   speed_to_usual=[f([b / a for a, b in zip(one.seconds, contestants[0].seconds)])
+                                   for f in (median, min, max)], seconds=one.seconds) for one in contestants])
+
+
+def data_as_text(result):
+    lines = ["data: {images:,} crops of {files:,} files, {kilobytes:.0f} kB each, {workers} workers".format(
+        **result, kilobytes=result["bytes_per_file"] / 1000), f"{'':<15} {'images/s (min-max)':<25} x usual (min-max)"]
+    for row in result["rows"]:
+        speed = "{:,.1f} ({:,.1f}-{:,.1f})".format(*row["images_per_second"])
+        lines.append(f"{row['name']:<15} {speed:<25} {{:.2f}} ({{:.2f}}-{{:.2f}})".format(*row["speed_to_usual"]))
+    loading, step = (row["images_per_second"][0] for row in result["rows"] if row["name"] in
+                     ("decode, crop", "training step"))
+    core = loading / max(1, result["workers"])
+    return "\n".join([*lines, f"one worker decodes and crops {core:,.0f} images/s; this step takes what "
+                      f"{step / core:.2g} of them make"])
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 def as_text(table, result):
@@ -348,11 +456,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def bench(
+    ctx: typer.Context,
     model: str | None = flag("What", f"One of {', '.join(MODELS)}.", of="deit-tiny"),
     methods: str | None = flag("What", "Of `python mpvg.py`; NAME-folded: after fold(), at inference.",
                                of="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str | None = flag("What", f"Other libraries' models: all, none, or of {', '.join(PEERS)}.", of="all"),
     tables: str | None = flag("What", f"Of {', '.join(TABLES)}.", of="all"),
+    data: Path | None = flag("What", "Instead: images/s of reading DIR/train/CLASS/*.JPEG, of a training step "
+                             "of --model, and of both together, beside torchvision's usual pipeline.", of="none"),
     quick: bool = flag("What", "vit-nano; default and mpvg; torchvision; 3 rounds; all tables but training-compiled. "
                        "Each can still be given.", "--quick", value=False),
     batch: int | None = flag("How", "Images a step.", of="128 of 32 x 32; else 256 with an accelerator, 16 without",
@@ -364,7 +475,8 @@ def bench(
     freeze: bool = flag("How", "Weights become constants of compiled inference.", "--freeze", value=False),
     dropout: bool = flag("How", "Our models with the attention dropout and drop-path they are trained with; without "
                          "it, and in peers always, both are 0.", "--dropout", value=False),
-    rounds: int | None = flag("How", "Timings of each contestant.", of="20", min=3),
+    rounds: int | None = flag("How", "Timings of each contestant.", of="20; with --data 5", min=3),
+    workers: int | None = flag("How", "With --data: processes that read.", of="the cores; on a CPU 0", min=0),
     device: str = flag("How", "auto, cpu, cuda, mps, ...", value="auto"),
     json_file: Path | None = flag("How", "Also write the tables there, with every timing.", "--json"),
 ):
@@ -376,6 +488,9 @@ def bench(
     be moved as well. MiB: memory at the most. comp s: seconds of the first call, few where torch has the graph in its
     cache on disk.
     """
+    without = {"methods", "peers", "tables", "quick", "mode", "freeze", "dropout"} if data else {"workers"}
+    if wrong := sorted(without & {*given_flags(ctx)}):
+        fail(f"--{wrong[0]} is of no meaning {'with' if data else 'without'} --data: leave it out")
     model = ("vit-nano" if quick else "deit-tiny") if model is None else model
     if model not in MODELS:
         fail(f"unknown --model {model!r}: choose from {', '.join(MODELS)}")
@@ -395,12 +510,18 @@ def bench(
         if json_file.exists() and not json_file.is_file():
             fail(f"--json {json_file} is no file: name one")
     c = {name: p.default for name, p in signature(ViT).parameters.items()} | MODELS[model]
+    if data and c["image_size"] != 224:
+        fail(f"--data is read at 224x224, and {model} takes {c['image_size']}x{c['image_size']}: take a DeiT")
     if not dropout:
         c |= dict(attn_drop=0.0, drop_path=0.0)
     dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
     batch = batch or (128 if c["image_size"] == 32 else 16 if device.type == "cpu" else 256)
-    s = SimpleNamespace(device=device, batch=batch, mode=mode, freeze=freeze, rounds=rounds or (3 if quick else 20),
+    s = SimpleNamespace(device=device, batch=batch, mode=mode, freeze=freeze,
+                        rounds=rounds or (3 if quick else 5 if data else 20),
+                        workers=default_workers(device) if workers is None else workers,
                         dtype=dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype])
+    if data:
+        names, peers, tables = [], [], ["data"]
     versions = {peer: installed(peer) for peer in peers}
     missing = [peer for peer in peers if versions[peer] is None]
     pools = {METHODS[name.removesuffix("-folded")]["pool"] for name in names}
@@ -419,16 +540,18 @@ def bench(
             typer.echo(f"{peer} is left out: it knows only {PEERS[peer][1][0]}, and no method here has that pooling")
 
     results = {}
-    with tqdm(total=len(tables) * (len(names) + s.rounds), leave=False, disable=None) as bar:
+    with tqdm(total=len(tables) * (len(names) + s.rounds), leave=False, disable=True if data else None) as bar:
         for table in tables:
             try:
-                results[table] = run_table(table, names, c, s, bar)
+                results[table] = run_data(data, model, s) if data else run_table(table, names, c, s, bar)
             except RuntimeError as error:                            # on a CPU, memory that is not there is only that
                 if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                     raise
                 fail(f"{table}: out of memory: take a smaller --batch, fewer --methods or fewer --peers")
+            except OSError as error:                                 # Pillow's; a worker's is in its last line
+                fail(f"--data {data}: the usual pipeline does not get over a file ({str(error).splitlines()[-1]})")
             with bar.external_write_mode():
-                typer.echo(f"\n{as_text(table, results[table])}")
+                typer.echo(f"\n{data_as_text(results[table]) if data else as_text(table, results[table])}")
             if json_file:
                 save(json_file, json.dumps(dict(header=header, missing=missing, tables=results), indent=1) + "\n")
 

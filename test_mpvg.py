@@ -969,7 +969,7 @@ def test_a_run_leaves_its_record(command, tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "config.json", "last.pt", "log.jsonl"]
     monkeypatch.chdir(tmp_path)                                                 # the README's way to load a run
     shown = dict(torch=torch, create=create, load_weights=load_weights)
-    exec(readme_code()[1], shown)
+    exec(readme_code("torch.load("), shown)
     assert torch.equal(shown["model"].head.weight, checkpoint(folder)["model"]["head.weight"])
 
 
@@ -1810,7 +1810,7 @@ def folder(tmp_path_factory):
 
 
 def files(root, split="train"):
-    return torchvision.datasets.ImageFolder(root / split).samples
+    return torchvision.datasets.ImageFolder(Path(root) / split).samples
 
 
 FILES = ["--model", "vit-nano", "--image-size", "32", "--batch-size", "12", "--epochs", "3", "--lr", "0.004",
@@ -1946,7 +1946,7 @@ def test_a_run_on_files_leaves_its_record(folder, command, tmp_path, workers):
     flags = ["--data-dir", folder, *FILES, "--workers", workers, "--batch-size", 24, "--epochs", 2]
     result = command(*flags, data="imagenet")
     assert result.exit_code == 0, result.output
-    assert "batch     24 images: 1 processes x 1 parts of 24; peak lr 0.004" in result.output
+    assert "batch     24 images = 1 (processes) x 1 (parts) x 24; peak lr 0.004\n" in result.output
     assert result.stderr.count("warning: ") >= 2 and "51 to train, 15 to test" in result.output
     run, config = run_folder(tmp_path)
     assert (config["num_classes"], config["image_size"]) == (3, 32)
@@ -1978,20 +1978,19 @@ def test_a_run_on_files_leaves_its_record(folder, command, tmp_path, workers):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_a_run_on_files_killed_and_resumed_is_the_same_run(folder, command, tmp_path):
-    flags = ["--data", "imagenet", "--device", "cpu", "--data-dir", str(folder), *FILES, "--workers", "1", "--drop-path",
-             "0.2", "--runs", str(tmp_path / "runs"), "--name"]
+def test_a_run_on_files_killed_and_resumed_is_the_same_run(folder, command, tmp_path, monkeypatch):
+    flags = ["--data", "imagenet", "--device", "cpu", "--data-dir", str(folder), *FILES, "--workers", "1",
+             "--drop-path", "0.2", "--runs", str(tmp_path / "runs"), "--name"]
     assert command(*flags[4:], "whole", data="imagenet").exit_code == 0
-    seconds = log_of(tmp_path / "runs" / "whole")[-1]["seconds"]
-    ends = []
-    for kind in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None):
+    real, ends = train.lr_at, []
+    for kind, step in ((signal.SIGKILL, 7), (signal.SIGTERM, 2), (signal.SIGINT, 3), (0, 0)):  # of 4 an epoch
+        steps = []
+        monkeypatch.setattr(train, "lr_at", lambda *a, **k: steps.append(len(steps) == step - 1 and os.kill(
+            os.getpid(), kind)) or real(*a, **k))
         process = start([*flags, "killed", "--resume"])
-        if kind:
-            time.sleep(0.5 + 0.3 * seconds)
-            os.kill(process.pid, kind)
         process.join()
         ends.append(process.exitcode)
-    assert ends[-1] == 0
+    assert ends == [-9, 143, 130, 0]
     equal_runs(tmp_path / "runs" / "whole", tmp_path / "runs" / "killed")
 
 
@@ -2078,7 +2077,7 @@ def test_one_process_two_and_parts_are_the_same_run(launch, tmp_path):
     assert launch("parts", 1, "--accumulate", "2").returncode == 0
     two = launch("two", 2)
     assert two.returncode == 0, two.stderr
-    assert two.stdout.count("batch     12 images: 2 processes x 1 parts of 6; peak lr 0.004") == 1
+    assert two.stdout.count("batch     12 images = 2 (processes) x 1 (parts) x 6; peak lr 0.004\n") == 1
     assert two.stdout.count("\n    3 ") == 1 and two.stdout.count("test accuracy") == 1     # said once
     close_runs(tmp_path, "one", "parts", "two")
     assert {len(list((tmp_path / "runs" / name).iterdir())) for name in ("one", "two")} == {4}
@@ -2090,7 +2089,8 @@ def test_one_process_two_and_parts_are_the_same_run(launch, tmp_path):
 def test_a_process_that_dies_ends_the_job_and_others_go_on_from_there(launch, tmp_path):
     killed = launch("killed", 2, plant=f"1,7,{int(signal.SIGKILL)}")
     assert killed.returncode != 0 and 'File "' + str(Path(train.__file__)) not in killed.stderr
-    assert len(re.findall(r"^error: process 0 of 2 has lost another one, .* --resume goes on$", killed.stderr, re.M)) == 1
+    lost = r"^error: process 0 of 2 has lost another one, .* --resume goes on$"
+    assert len(re.findall(lost, killed.stderr, re.M)) == 1
     assert checkpoint(tmp_path / "runs" / "killed")["epoch"] == 1
     stopped = launch("killed", 1, "--resume", "--accumulate", "3", plant=f"0,2,{int(signal.SIGTERM)}")
     assert stopped.returncode == 143 and "stopped by SIGTERM after step 2 of 4 of epoch 2: saved" in stopped.stdout
@@ -2121,9 +2121,10 @@ def test_one_process_downloads_before_the_others(monkeypatch, command, tmp_path)
     monkeypatch.setattr(train, "PROCESSES", 2)
     monkeypatch.setattr(train.dist, "init_process_group", lambda *_: None)
     monkeypatch.setattr(train.dist, "broadcast_object_list", lambda *_, **__: None)
-    monkeypatch.setattr(train.dist, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(train, "agree", lambda number: events.append("barrier"))
     monkeypatch.setattr(train, "load_data", lambda *_: events.append("load") or dict(train=[], test=[]))
-    for rank, local_rank, expected in ((0, 0, ["load"] + ["barrier"] * 3), (1, 1, ["barrier"] * 2 + ["load", "barrier"]),
+    for rank, local_rank, expected in ((0, 0, ["load", "barrier", "barrier", "barrier"]),
+                                       (1, 1, ["barrier", "barrier", "load", "barrier"]),
                                        (2, 0, ["barrier", "load", "barrier", "barrier"])):
         events.clear()
         monkeypatch.setattr(train, "RANK", rank)
@@ -2132,16 +2133,16 @@ def test_one_process_downloads_before_the_others(monkeypatch, command, tmp_path)
         assert command("--overwrite").exit_code == 2 and events == expected     # no images: that is the error
 
 
-def deit(name="deit-tiny", dim=192):
+def deit(dim=192):
     """A state dict with the names and shapes of DeiT's published deit_*_patch16_224 files."""
     shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 197, dim), "patch_embed.proj.weight": (dim, 3, 16, 16),
               "patch_embed.proj.bias": (dim,)}
     for i in range(12):
-        for part, shape in {"norm1.weight": (dim,), "norm1.bias": (dim,), "attn.qkv.weight": (3 * dim, dim),
-                            "attn.qkv.bias": (3 * dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
-                            "norm2.weight": (dim,), "norm2.bias": (dim,), "mlp.fc1.weight": (4 * dim, dim),
-                            "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}.items():
-            shapes[f"blocks.{i}.{part}"] = shape
+        block = {"norm1.weight": (dim,), "norm1.bias": (dim,), "attn.qkv.weight": (3 * dim, dim),
+                 "attn.qkv.bias": (3 * dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
+                 "norm2.weight": (dim,), "norm2.bias": (dim,), "mlp.fc1.weight": (4 * dim, dim),
+                 "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}
+        shapes |= {f"blocks.{i}.{part}": shape for part, shape in block.items()}
     shapes |= {"norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (1000, dim), "head.bias": (1000,)}
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -2155,9 +2156,9 @@ def test_the_published_files_of_deit_and_lape_load(tmp_path, folder, command):
     lape = deit() | {f"blocks.{i}.pe_norm.{part}": torch.randn(192) for i in range(12) for part in ("weight", "bias")}
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    torch.save({"model": lape, "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict(), "epoch": 299,
-                "model_ema": lape, "scaler": {"scale": 65536.0}, "args": argparse.Namespace(lr=5e-4, data_path="here")},
-               tmp_path / "lape.pth")
+    args = argparse.Namespace(lr=5e-4, data_path="here")
+    torch.save({"model": lape, "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict(),
+                "epoch": 299, "model_ema": lape, "scaler": {"scale": 65536.0}, "args": args}, tmp_path / "lape.pth")
     model = load_weights(create("deit-tiny", "lape"), tmp_path / "lape.pth")
     torch.testing.assert_close(dict(model.state_dict()), lape, rtol=0, atol=0)
     larger = load_weights(create("deit-tiny", "lape", image_size=384), tmp_path / "lape.pth")
@@ -2486,6 +2487,14 @@ def test_every_flag_of_bench_has_its_effect(timing, monkeypatch):
     assert seen("--mode", "max-autotune-no-cudagraphs").mode == "max-autotune-no-cudagraphs"
     assert seen("--tables", "training-eager").table == "training-eager" and len(timing.seen) == 1
     assert timing("--device", "nowhere").exit_code == 2
+    files = []
+    monkeypatch.setattr(bench, "run_data", lambda root, model, s: files.append((root, model, vars(s))) or dict(rows=[]))
+    monkeypatch.setattr(bench, "data_as_text", lambda result: "")
+    for flags, expected in (([], ("deit-tiny", 16, 5, 0)), (["--model", "deit-small", "--batch", 4, "--rounds", 7,
+                                                             "--workers", 3], ("deit-small", 4, 7, 3))):
+        assert timing("--data", "d", *flags).exit_code == 0
+        root, model, s = files.pop()
+        assert root == Path("d") and (model, s["batch"], s["rounds"], s["workers"]) == expected
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -2503,6 +2512,10 @@ def test_every_flag_of_bench_has_its_effect(timing, monkeypatch):
     (["--model", ""], "unknown --model ''"),
     (["--peers", ""], "unknown --peers ''"),
     (["--tables", ""], "unknown --tables ''"),
+    (["--data", "nowhere"], "--data-dir nowhere is no folder with train/CLASS/*.JPEG"),
+    (["--data", ".", "--methods", "mpvg"], "--methods is of no meaning with --data: leave it out"),
+    (["--workers", "2"], "--workers is of no meaning without --data"),
+    (["--data", ".", "--model", "vit-lite"], "--data is read at 224x224, and vit-lite takes 32x32: take a DeiT"),
 ])
 def test_what_bench_cannot_do_ends_in_one_line_before_it_begins(timing, tmp_path, flags, says):
     (tmp_path / "file").touch()
@@ -2590,6 +2603,47 @@ def test_freed_memory_is_kept_on_the_cpu():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_files_is_timed_beside_the_usual_pipeline(timing, folder, monkeypatch, tmp_path, workers):
+    small = partial(create, depth=1, patch_size=56, dim=12, heads=1)
+    monkeypatch.setattr(bench, "create", lambda *model, **options: small(*model, **options))
+    passes, real = [], bench.epoch_batches
+    monkeypatch.setattr(bench, "epoch_batches", lambda config, data, *rest: passes.append(data) or real(
+        config, data, *rest))
+    result = timing("--data", folder, "--batch", 8, "--rounds", 3, "--workers", workers, "--json", tmp_path / "x.json",
+                    real=True)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "x.json").read_text())["tables"]["data"]
+    assert (found["images"], found["workers"]) == (48, workers) and found["files"] in (16, 17, 18)   # 3 crops of each
+    sizes = [os.stat(path).st_size for path, _ in passes[0].samples]
+    assert found["bytes_per_file"] == sum(sizes) // 48 and len(passes) == 1 + 2 * (1 + 3)
+    names = ["usual pipeline", "decode, crop", "and augment", "training step", "all together"]
+    assert [row["name"] for row in found["rows"]] == names
+    usual, speeds = found["rows"][0]["seconds"], {}
+    for row in found["rows"]:
+        assert len(row["seconds"]) == 3
+        assert row["images_per_second"] == pytest.approx([48 / np.median(row["seconds"]), 48 / max(row["seconds"]),
+                                                          48 / min(row["seconds"])])
+        assert row["speed_to_usual"][0] == pytest.approx(np.median([a / b for a, b in zip(usual, row["seconds"])]))
+        speeds[row["name"]] = row["images_per_second"][0]
+        assert re.search(rf"^{row['name']:<15} {speeds[row['name']]:,.1f} ", result.output, re.M)
+    core = speeds["decode, crop"] / max(1, workers)
+    assert (f"one worker decodes and crops {core:,.0f} images/s; this step takes what "
+            f"{speeds['training step'] / core:.2g} of them make") in result.output
+    one_line(timing("--data", folder, "--batch", 64, real=True), "has only 51 images to train on: take a smaller")
+
+
+def test_the_usual_pipeline_reads_what_ours_reads(folder):
+    """The same files in the same order, as normalised floats."""
+    source = torchvision.datasets.ImageFolder(folder / "train")
+    source.samples = [source.samples[i] for i in (0, 6, 40, 2)]
+    s = argparse.Namespace(batch=2, workers=0, device=torch.device("cpu"))
+    order = torch.tensor([[0, 2], [3, 1]])
+    batches = [*bench.usual_loader(source, order, s)]
+    assert [y.tolist() for _, y in batches] == [[0, 2], [0, 0]]
+    assert all(x.shape == (2, 3, 224, 224) and x.dtype == torch.float32 and x.min() < 0 for x, _ in batches)
+
+
 def test_the_readmes_table_of_speed_is_the_measured_one():
     root = Path(__file__).parent
     tables = json.loads((root / "results/bench/deit-tiny-cpu.json").read_text())["tables"]
@@ -2608,17 +2662,48 @@ def test_the_readmes_table_of_speed_is_the_measured_one():
 
 # ------------------------------------------------------------------------------------------------- README, --help
 
-def readme_code():
-    return re.findall(r"```python\n(.*?)```", (Path(__file__).parent / "README.md").read_text(), re.S)
+def readme_code(words, language="python"):
+    """-> the README's one block of code that has these words."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (Path(__file__).parent / "README.md").read_text(), re.S)
+    block, = (block for block in blocks if words in block)
+    return block
 
 
 def test_the_examples_for_readers_run():
     shown = {}
-    exec(readme_code()[0], shown)
+    exec(readme_code("model = ViT("), shown)
     assert shown["logits"].shape == (2, 10) and shown["tokens"].shape == (2, 128, 192) and shown["fast"].folded
     lines = re.findall(r"^    ((?:import|from|model =|logits = model).*)", mpvg.__doc__, re.M)
     exec("\n".join(lines), shown)
     assert len(lines) == 4 and shown["logits"].shape == (8, 100)
+
+
+def test_the_readmes_digits_are_a_folder_to_train_on(command, tmp_path, monkeypatch):
+    """Its code, for fewer images, and its command, for one epoch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(count // 100, seed))
+    exec(readme_code('Path("digits"'), {})
+    assert [len(files("digits", split)) for split in ("train", "val")] == [30, 4]
+    assert Image.open(files("digits")[0][0]).size == (64, 48)
+    subprocess.run(["rm", "-r", "digits/val"], check=True)                      # so few numbers are not of all classes
+    subprocess.run(["cp", "-r", "digits/train", "digits/val"], check=True)
+    flags = readme_code("--data-dir digits", "bash").replace("\\\n", " ").split()[4:]
+    result = command(*flags, "--epochs", 1, "--batch-size", 10, data="imagenet")
+    assert result.exit_code == 0, result.output
+
+
+def test_the_readmes_way_to_evaluate_published_weights(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": deit()}, "deit_tiny_patch16_224-a1311bcf.pth")
+    torch.save({"model": create("deit-tiny", "lape").state_dict()}, "checkpoint.pth")
+    real = train.load_data
+
+    def three_classes(config, root, splits):
+        assert (config["num_classes"], root) == (1000, Path("DIR"))
+        return real(config | dict(num_classes=3), folder, splits=splits)
+    monkeypatch.setattr(train, "load_data", three_classes)
+    exec(readme_code("splits=["), {})
+    assert re.fullmatch(r"\{'test_accuracy': .*, 'full_crop_loss': [\d.]+\}\n", capsys.readouterr().out)
 
 
 def test_help_and_a_real_process():

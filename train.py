@@ -252,7 +252,8 @@ class Folder:
         self.samples, self.device, self.plan, self.named, self.failures = samples, device, [], set(), 0
         self.loader = DataLoader(Crops(samples, size, crop_scale, bicubic), sampler=self.plan, batch_size=None,
                                  num_workers=workers, persistent_workers=workers > 0,
-                                 pin_memory=device.type == "cuda", worker_init_fn=leave_signals)
+                                 pin_memory=device.type == "cuda", worker_init_fn=leave_signals,
+                                 generator=torch.Generator())        # else it draws from that of dropout
         if workers:
             atexit.register(end_workers)
 
@@ -264,11 +265,13 @@ class Folder:
         self.plan[:] = plan
         for x, y, unreadable in self.loader:
             self.failures += len(unreadable)
-            for path in unreadable.keys() - self.named:
-                tqdm.write(f"warning: {path} cannot be decoded and is left out ({unreadable[path]})", sys.stderr)
-            self.named.update(unreadable)
+            for path in unreadable:
+                if path not in self.named:
+                    tqdm.write(f"warning: {path} cannot be decoded and is left out ({unreadable[path]})", sys.stderr)
+                    self.named.add(path)
             if len(unreadable) >= 20 and (y == -1).any():
-                fail(f"{path} and the files behind it cannot be read: is their disk still there? --resume goes on")
+                fail(f"{[*unreadable][-1]} and the files before it cannot be read: is their disk still there? --resume "
+                     "goes on")
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def pieces(self, order, seeds, first, columns, width):
@@ -304,16 +307,18 @@ def in_folder(function, root, split):
         fail(f"--data-dir {root} is no folder with {split}/CLASS/*.JPEG, as ImageNet is ({str(error).splitlines()[0]})")
 
 
+def default_workers(device):
+    """-> processes that decode files: the machine's cores, shared by its training processes; beside a CPU, which trains
+    itself, none."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if device.type == "cpu" else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def load_data(config, root, device=torch.device("cpu"), workers=None, splits=("train", "test")):
     """-> {"train": data, "test": data}, Arrays or Folders; of the training images config["fraction"] of each class,
     chosen by seed. Batches are made on the device where it is CUDA, else on the CPU.
-
-    workers: processes that decode files; None: the machine's cores, shared by its training processes, but none beside
-    a CPU that trains.
     """
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if device.type == "cpu" else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = default_workers(device) if workers is None else workers
     data, device = {}, device if device.type == "cuda" else torch.device("cpu")
     for split in splits:
         if config["data"] == "imagenet":
@@ -331,8 +336,9 @@ def load_data(config, root, device=torch.device("cpu"), workers=None, splits=("t
             places = [order[labels[order] == label] for label in labels.unique()]
             rows = torch.cat([rows[:round(config["fraction"] * len(rows))] for rows in places])
         if config["data"] == "imagenet":
+            samples = [samples[row] for row in rows.tolist()]
             crops = dict(crop_scale=config["crop_scale"], bicubic=config["bicubic"]) if split == "train" else {}
-            data[split] = Folder([samples[row] for row in rows], config["image_size"], device, workers, **crops)
+            data[split] = Folder(samples, config["image_size"], device, workers, **crops)
         else:
             data[split] = Arrays(images[rows], labels[rows], device)
     return data
@@ -507,6 +513,16 @@ def prepare(x, y, draws, keep, recipe, classes, seed, place=0):
     return x.view(S, B, *shape), y
 
 
+def epoch_order(config, count, epoch):
+    """-> (steps, batch size), which image is where in an epoch's batches; a seed for each of the steps."""
+    size, repeats = config["batch_size"], config["repeats"]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config["seed"] * 100_003 + epoch)    # the CPU's, no other
+        order, seeds = torch.randperm(count), torch.randint(2**62, (count // size,)).tolist()
+    place = torch.arange(len(seeds) * size)
+    return order[place // (2 * repeats) * 2 + place % 2].view(-1, size), seeds
+
+
 def epoch_batches(config, data, epoch, first, classes, parts):
     """Yields images and labels as a training step takes them, from step `first` of an epoch on, on data.device.
 
@@ -516,16 +532,12 @@ def epoch_batches(config, data, epoch, first, classes, parts):
     that nothing is mixed with itself and one decoding serves all crops.
     """
     size, shape = config["batch_size"], (config["image_size"],) * 2
-    share, steps = size // PROCESSES, len(data) // size
+    order, seeds = epoch_order(config, len(data), epoch)
+    share = size // PROCESSES
+    mine = range(RANK * share, (RANK + 1) * share)
     mixing, recipe = config["mixup"] > 0 or config["cutmix"] > 0, config
     if isinstance(data, Folder):
         recipe = config | dict(crop_scale=1.0)                       # its workers have cropped
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config["seed"] * 100_003 + epoch)    # the CPU's, no other
-        order, seeds = torch.randperm(len(data)), torch.randint(2**62, (steps,)).tolist()
-    place = torch.arange(steps * size)
-    order = order[place // (2 * config["repeats"]) * 2 + place % 2].view(steps, size)
-    mine = range(RANK * share, (RANK + 1) * share)
     # A piece: its first step, its columns of the batch, images (S, B, 3, H, W), labels (S, B).
     for step, columns, x, y in data.pieces(order, seeds, first, mine, share // parts):
         with torch.random.fork_rng(devices=[]):
@@ -678,8 +690,8 @@ def train_run(config, model, split, folder, device, saved=None, parts=1):
 
     parts: how many pieces a process takes its share of a batch in, summing their gradients.
     """
-    train, epochs, size, cuda = split["train"], config["epochs"], config["batch_size"], device.type == "cuda"
-    steps = len(train) // size                                       # an epoch's; the last, smaller batch is left out
+    data, epochs, size, cuda = split["train"], config["epochs"], config["batch_size"], device.type == "cuda"
+    steps = len(data) // size                                        # an epoch's; the last, smaller batch is left out
     optimizer = torch.optim.AdamW(parameter_groups(model, config["weight_decay"], config["decay_pe"]), fused=True)
     schedule = {key: config[key] for key in ("epochs", "warmup_epochs", "cooldown_epochs", "lr", "min_lr", "warmup_lr")}
     losses = torch.zeros(steps, device=device)
@@ -739,9 +751,9 @@ def train_run(config, model, split, folder, device, saved=None, parts=1):
     with bar, stop_signals() as stopped:
         while epoch < epochs:
             epoch_done, epoch_start, stop = done, time.perf_counter(), 0
-            failures = sum(data.failures for data in split.values())
+            failures = sum(part.failures for part in split.values())
             shown, losses[done:] = epoch_start, 0
-            batches = epoch_batches(config, train, epoch, done, classes, parts) if done < steps else ()
+            batches = epoch_batches(config, data, epoch, done, classes, parts) if done < steps else ()
             for number, (x, y) in enumerate(batches):
                 last = number % parts == parts - 1
                 with nullcontext() if last or PROCESSES == 1 else loss_of.no_sync():
@@ -786,7 +798,7 @@ def train_run(config, model, split, folder, device, saved=None, parts=1):
             log.append(dict(epoch=epoch, loss=losses.mean().item(), **result, lr=optimizer.param_groups[0]["lr"],
                             images_per_second=speed, seconds=time.perf_counter() - start))
             if config["data"] == "imagenet":
-                log[-1]["unreadable"] = int(*add_up([sum(data.failures for data in split.values()) - failures]))
+                log[-1]["unreadable"] = int(*add_up([sum(part.failures for part in split.values()) - failures]))
             if result["test_accuracy"] > best["test_accuracy"]:
                 best = dict(epoch=epoch, test_accuracy=result["test_accuracy"])
             write(first=not saved and len(log) == 1)
@@ -1061,6 +1073,8 @@ def train(
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         train_here(flags, config, vit, folder, device)
+    except typer.Exit:                                               # a RuntimeError, too
+        raise
     except torch.OutOfMemoryError:
         fail(f"{device} is out of memory: raise --accumulate, lower --batch-size, or --jobs of a sweep")
     except RuntimeError as error:
@@ -1103,8 +1117,7 @@ def train_here(flags, config, vit, folder, device):
     for turn in (RANK == 0, LOCAL_RANK == 0, True):                  # one downloads, then one on every machine
         if turn and not split:
             split = load_data(config, flags["data_dir"], device, flags["workers"])
-        if PROCESSES > 1:
-            dist.barrier()
+        agree(0)                                                     # waits for the others
     count, size, parts = len(split["train"]), config["batch_size"], flags["accumulate"]
     if size > count:
         fail(f"--batch-size {size} is more than the {count} training images (--fraction {config['fraction']:g})")
@@ -1119,7 +1132,7 @@ def train_here(flags, config, vit, folder, device):
     say(f"model     {config['model']}, parameters (tensors): {sum(decayed):,} ({len(decayed)}) decayed, "
         f"{sum(free):,} ({len(free)}) not, {sum(frozen):,} ({len(frozen)}) frozen\n"
         f"images    {count:,} to train, {len(split['test']):,} to test\n"
-        f"batch     {size} images: {PROCESSES} processes x {parts} parts of {size // PROCESSES // parts}; peak lr "
+        f"batch     {size} images = {PROCESSES} (processes) x {parts} (parts) x {size // PROCESSES // parts}; peak lr "
         f"{config['lr']:g}\nrun       {folder}"
         + (f", on from step {saved['step']} of epoch {saved['epoch'] + 1}" if saved else ""))
     log, best = train_run(config, vit, split, folder, device, saved, parts)
