@@ -1983,10 +1983,14 @@ def test_a_run_on_files_killed_and_resumed_is_the_same_run(folder, command, tmp_
              "--drop-path", "0.2", "--runs", str(tmp_path / "runs"), "--name"]
     assert command(*flags[4:], "whole", data="imagenet").exit_code == 0
     real, ends = train.lr_at, []
-    for kind, step in ((signal.SIGKILL, 7), (signal.SIGTERM, 2), (signal.SIGINT, 3), (0, 0)):  # of 4 an epoch
-        steps = []
-        monkeypatch.setattr(train, "lr_at", lambda *a, **k: steps.append(len(steps) == step - 1 and os.kill(
-            os.getpid(), kind)) or real(*a, **k))
+
+    def planted(step, kind, seen, *args, **kwargs):
+        seen.append(0)
+        if len(seen) == step:
+            os.kill(os.getpid(), kind)
+        return real(*args, **kwargs)
+    for step, kind in ((7, signal.SIGKILL), (2, signal.SIGTERM), (3, signal.SIGINT), (0, 0)):  # of 4 an epoch
+        monkeypatch.setattr(train, "lr_at", partial(planted, step, kind, []))
         process = start([*flags, "killed", "--resume"])
         process.join()
         ends.append(process.exitcode)
