@@ -1653,6 +1653,21 @@ def test_the_table_of_finished_runs(tmp_path):
     assert titles == ["vit-lite, cifar100, 310 epochs, fp32", "vit-lite, cifar100, 310 epochs, fp32, lr 0.1"]
 
 
+def test_the_table_of_imagenet_shows_both_crops_and_the_papers_figures(tmp_path):
+    for method, accuracy in (("default", 70.0), ("mpvg", 71.0)):
+        write_run(tmp_path / method, [accuracy], method=method, data="imagenet", num_classes=1000)
+        log = log_of(tmp_path / method)
+        log[-1]["full_crop_accuracy"] = accuracy + 0.25
+        (tmp_path / method / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in sweep("--from", tmp_path).output.splitlines()
+            if "|" in line]
+    assert rows[0][4:6] == ["best epoch %", "full crop %"] and [row[5] for row in rows[2:]] == ["70.25", "71.25"]
+    assert [row[-2:] for row in rows[2:]] == [["5,717,416", "72.14"], ["5,721,640", "73.51"]]
+    write_run(tmp_path / "ten", [50.0], data="imagenet", num_classes=10)        # not the paper's ImageNet
+    rows = [line for line in sweep("--from", tmp_path).output.splitlines() if "num_classes 10" in line]
+    assert rows == ["deit-tiny, imagenet, 300 epochs, fp32, num_classes 10"]
+
+
 def test_student_t():
     """Half the interval of values whose standard error is 1: the t quantile itself; tables: 2.776, 2.060, 1.984."""
     for n, t in ((5, 2.776), (26, 2.060), (101, 1.984)):
@@ -2662,6 +2677,16 @@ def test_the_readmes_table_of_speed_is_the_measured_one():
                      f"{row['share_of_peak']:.0%}" for table in tables.values() for row in table["rows"]
                      if row["name"] == "gap"]}
     assert len(shown) == 13 and shown == measured
+
+
+def test_the_readmes_table_of_reading_files_is_the_measured_one():
+    root = Path(__file__).parent
+    table = json.loads((root / "results/bench/files-cpu.json").read_text())["tables"]["data"]
+    section = (root / "README.md").read_text().partition("## Run the paper's ImageNet table")[2].partition("\n## ")[0]
+    for row in table["rows"]:
+        line, = re.findall(rf"^\| {row['name']}\b.*$", section, re.M)
+        assert line.endswith(f" | {row['images_per_second'][0]:.1f} | {row['speed_to_usual'][0]:.2f} |")
+    assert bench.data_as_text(table) in (root / "results/bench/files-cpu.txt").read_text()
 
 
 # ------------------------------------------------------------------------------------------------- README, --help

@@ -1192,7 +1192,9 @@ def results(runs, order, base=None):
     for title, rows in settings.items():
         rows = dict(sorted(rows.items(), key=lambda row: ([*order, row[0]].index(row[0]), row[0])))
         first = base or next(iter(rows))
-        lines = [["method", "n", "last epoch %", f"minus {first}", "best epoch %", "seconds", "parameters", "paper %"]]
+        full = all("full_crop_accuracy" in log[-1] for seeds in rows.values() for _, log in seeds.values())
+        lines = [["method", "n", "last epoch %", f"minus {first}", "best epoch %", *["full crop %"] * full, "seconds",
+                  "parameters", "paper %"]]
         lines.append(["-" * len(cell) for cell in lines[0]])
         for name, seeds in rows.items():
             config, logs = next(iter(seeds.values()))[0], [log for _, log in seeds.values()]
@@ -1206,6 +1208,7 @@ def results(runs, order, base=None):
                 name, str(len(values)), f"{mean(values):.2f}" + (f" +- {stdev(values):.2f}" if len(values) > 1 else ""),
                 (f"{mean(pairs):+.2f}" if pairs else "") + (f" +- {interval(pairs):.2f}" if len(pairs) > 1 else ""),
                 f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
+                *[f"{mean(log[-1]['full_crop_accuracy'] for log in logs):.2f}" for _ in range(full)],
                 f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{count:,}",
                 f"{published:.2f}" if published else ""])
         widths = [max(map(len, column)) for column in zip(*lines)]
