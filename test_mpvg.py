@@ -840,6 +840,9 @@ def test_prepare_mixes_then_erases():
     assert torch.equal(again, erased)
     noise = [image[box] for image, box in zip(erased.flatten(0, 1), mask.flatten(0, 1))]
     assert len({tuple(values[:5].tolist()) for values in noise}) == 12          # of its own for each image
+    pairs = [(a[m & n], b[m & n]) for a, b, m, n in zip(erased[0, ::2], erased[0, 1::2], mask[0, ::2], mask[0, 1::2])]
+    a, b = (torch.cat(values) for values in zip(*pairs))
+    assert len(a) > 100 and abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.2
 
     first, _ = train.prepare(x.clone(), y, draws, keep, dict(off, erase_first=True), 20, 5)    # DeiT's order
     alone, _ = train.prepare(x.clone(), y, draws, None, off, 20, 5)             # erased, not mixed
@@ -1203,7 +1206,7 @@ def test_compiled_training_is_the_same(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--data", "imagenet", "--data-dir", "nowhere"], "--data-dir nowhere is no folder with train/CLASS/*.JPEG"),
+    (["--data", "imagenet", "--data-dir", "nowhere"], "--data-dir nowhere cannot be read as ImageNet"),
     (["--image-size", "64"], "numbers has images of 32x32: --image-size is for --data imagenet"),
     (["--accumulate", "3"], "--batch-size 128 is not a multiple of 3: processes (1) x --accumulate (3)"),
     (["--mixup", "1", "--batch-size", "21"], "is not a multiple of 2: processes (1) x --accumulate (1) x 2, as images"),
@@ -1884,12 +1887,13 @@ def test_what_cannot_be_decoded_is_named_counted_and_replaced(folder, capsys):
         assert torch.equal(x, instead[0]) and y.tolist() == [1, 0, 1, 0]
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 2 and data.failures == 4                              # each named once, counted every time
-    assert warned[0].startswith(f"warning: {paths[cut]} cannot be decoded and is left out (image file is truncated")
-    assert warned[1].startswith(f"warning: {paths[empty]} cannot be decoded and is left out (cannot identify image")
+    for line, index, reason in zip(warned, (cut, empty), ("image file is truncated", "cannot identify image")):
+        assert line.startswith(f"warning: {paths[index]} cannot be decoded and is replaced by the next one ({reason}")
 
     test = train.Folder(files(folder, "val"), 32, torch.device("cpu"), 0)
     (x, y), = test.test_batches()
     assert y.tolist() == [0] * 5 + [1, 1, 1, -1, -1] + [2] * 5
+    assert capsys.readouterr().err.count(" cannot be decoded and is left out (") == 2
     model, seen = create("vit-nano", "mpvg", num_classes=3).eval(), (y >= 0)
     found = train.evaluate(model, test, "imagenet", torch.device("cpu"))
     for view, prefix in enumerate(("test", "full_crop")):
@@ -1904,13 +1908,17 @@ def test_a_disk_that_is_gone_ends_the_run(folder, command, monkeypatch):
 
     def vanish(path):
         opened.append(path)
-        if len(opened) > 60:
+        if len(opened) > 15:
             raise FileNotFoundError(2, "No such file or directory", path)
         return real(path)
     monkeypatch.setattr(Image, "open", vanish)
     result = command("--data-dir", folder, *FILES, data="imagenet")
     assert result.exit_code == 2 and "error: " in result.stderr, result.output
-    assert result.stderr.splitlines()[-1].endswith("cannot be read: is their disk still there? --resume goes on")
+    assert result.stderr.splitlines()[-1].endswith("be decoded: are they images, and is their disk still there?")
+    assert result.stderr.count("warning: ") == 11 and "warning: others like it are only counted" in result.stderr
+    few = train.Folder(files(folder)[20:22], 32, torch.device("cpu"), 0, 0.08)   # fewer than 20, and all are damaged
+    with pytest.raises(typer.Exit):
+        next(few.load([([0, 1], 0)]))
 
 
 @pytest.mark.parametrize("data", ["files", "arrays"])
@@ -1938,6 +1946,20 @@ def test_how_a_batch_is_shared_out_changes_nothing(folder, monkeypatch, data):
                            whole_x[:, :6])                                      # another epoch
 
 
+def test_testing_is_shared_out_once(folder, monkeypatch):
+    monkeypatch.setattr(train, "PROCESSES", 3)
+    for source in (train.Arrays(*make_numbers(40, 2)), train.Folder(files(folder, "val"), 32, torch.device("cpu"), 0)):
+        shares = []
+        for rank in range(3):
+            monkeypatch.setattr(train, "RANK", rank)
+            shares += [image for x, _ in source.test_batches(5) for image in x]
+        monkeypatch.setattr(train, "RANK", 0)
+        monkeypatch.setattr(train, "PROCESSES", 1)
+        whole = [image for x, _ in source.test_batches() for image in x]
+        monkeypatch.setattr(train, "PROCESSES", 3)
+        assert sorted(image.numpy().tobytes() for image in shares) == sorted(x.numpy().tobytes() for x in whole)
+
+
 def test_repeated_augmentation_and_partners(folder):
     class Data(train.Arrays):                                                   # tells what it is asked for
         def pieces(self, order, *rest):
@@ -1963,6 +1985,7 @@ def test_a_run_on_files_leaves_its_record(folder, command, tmp_path, workers):
     assert result.exit_code == 0, result.output
     assert "batch     24 images = 1 (processes) x 1 (parts) x 24; peak lr 0.004\n" in result.output
     assert result.stderr.count("warning: ") >= 2 and "51 to train, 15 to test" in result.output
+    assert f"in the last epoch {log_of(run_folder(tmp_path)[0])[-1]['unreadable']} times a file could" in result.stdout
     run, config = run_folder(tmp_path)
     assert (config["num_classes"], config["image_size"]) == (3, 32)
     lines, saved = log_of(run), checkpoint(run)
@@ -2014,12 +2037,12 @@ def test_a_run_on_files_killed_and_resumed_is_the_same_run(folder, command, tmp_
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda root: (root / "val" / "c").rename(root / "val" / "d"), "train/ and val/ have other classes (3 and 3; c is "
-     "only in train/): sort val/'s images"),
-    (lambda root: [path.unlink() for path in (root / "train" / "a").iterdir()], "no folder with train/CLASS/*.JPEG, as "
-     "ImageNet is (Found no valid file for the classes a."),
-    (lambda root: [path.unlink() for path in (root / "val" / "c").iterdir()], "no folder with val/CLASS/*.JPEG"),
-    (lambda root: (root / "val").rename(root / "test"), "no folder with val/CLASS/*.JPEG"),
+    (lambda root: (root / "val" / "c").rename(root / "val" / "d"), "train/ and val/ have different classes (only in "
+     "train/: c; only in val/: d): sort val/'s images"),
+    (lambda root: [path.unlink() for path in (root / "train" / "a").iterdir()], "cannot be read as ImageNet, "
+     "train/CLASS/*.JPEG and val/CLASS/*.JPEG (Found no valid file for the classes a."),
+    (lambda root: [path.unlink() for path in (root / "val" / "c").iterdir()], "Found no valid file for the classes c"),
+    (lambda root: (root / "val").rename(root / "test"), "val'): give the folder that holds both"),
 ])
 def test_a_folder_that_is_no_imagenet_is_refused_before_the_first_step(folder, command, tmp_path, damage, says):
     subprocess.run(["cp", "-r", folder, tmp_path / "copy"], check=True)
@@ -2036,14 +2059,30 @@ def test_the_peak_lr_follows_the_batch(folder, command, tmp_path):
         assert run_folder(tmp_path)[1]["lr"] == lr
 
 
-def test_evaluating_needs_the_runs_classes(folder, command, tmp_path):
-    assert command("--data-dir", folder, *FILES, "--epochs", 1, data="imagenet").exit_code == 0
-    (tmp_path / "two").mkdir()
-    subprocess.run(["cp", "-r", folder / "val", tmp_path / "two" / "val"], check=True)
-    subprocess.run(["rm", "-r", tmp_path / "two" / "val" / "c"], check=True)
-    result = CliRunner().invoke(train.app, ["eval", str(run_folder(tmp_path)[0]), "--device", "cpu", "--data-dir",
-                                            str(tmp_path / "two")])
-    one_line(result, "val has 2 classes, and the model 3")
+def test_a_run_is_of_its_classes_and_images(folder, command, tmp_path):
+    flags = ["--data-dir", tmp_path / "copy", *FILES]
+    subprocess.run(["cp", "-r", folder, tmp_path / "copy"], check=True)
+    assert command(*flags, "--epochs", 1, data="imagenet").exit_code == 0
+    run, _ = run_folder(tmp_path)
+    saved = checkpoint(run)
+
+    def evaluation():
+        return CliRunner().invoke(train.app, ["eval", str(run), "--device", "cpu", "--data-dir",
+                                              str(tmp_path / "copy")])
+    for split in ("train", "val"):
+        (tmp_path / "copy" / split / "c").rename(tmp_path / "copy" / split / "d")
+    one_line(evaluation(), "val has other classes than those that the model was trained on")
+    result = command(*flags, "--epochs", 1, "--lr", 0, "--init", run, "--name", "other", data="imagenet")
+    assert result.exit_code == 0 and "last.pt, with a new head" in result.output
+    one_line(command(*flags, "--epochs", 1, "--resume", data="imagenet"), "classes was ")
+    for split in ("train", "val"):
+        (tmp_path / "copy" / split / "d").rename(tmp_path / "copy" / split / "c")
+    (tmp_path / "copy" / "train" / "c" / "00.JPEG").unlink()
+    torch.save(dict(saved, epoch=0, step=1), run / "last.pt")                   # not finished
+    result = command(*flags, "--epochs", 1, "--resume", data="imagenet")
+    assert result.exit_code == 2 and "was trained on 51 images, here are 50: give its --data-dir" in result.stderr
+    subprocess.run(["rm", "-r", tmp_path / "copy" / "val" / "c"], check=True)
+    assert "val has 2 classes, and the model 3" in evaluation().stderr
 
 
 DRIVER = """
@@ -2054,13 +2093,25 @@ torch.Tensor.float = torch.Tensor.double                             # all arith
 import train
 compile, lr_at, steps = torch.compile, train.lr_at, []
 torch.compile = lambda f, mode=None, **how: compile(f, backend="aot_eager", **how)
-rank, step, number = map(int, sys.argv.pop(1).split(","))            # a signal that this process sends itself
-def planted(*args, **kwargs):
+rank, step, number = map(int, sys.argv.pop(1).split(","))            # a signal that a process sends itself, and when:
+def planted(*args, **kwargs):                                        # at the n-th step,
     steps.append(1)
+    if len(steps) == 1:
+        print("dropout", train.RANK, torch.initial_seed(), flush=True)
     if (train.RANK, len(steps)) == (rank, step):
         os.kill(os.getpid(), number)
     return lr_at(*args, **kwargs)
-train.lr_at = planted
+def evaluate(*args):                                                 # or (step -1) in the first evaluation
+    if (train.RANK, -1) == (rank, step):
+        os.kill(os.getpid(), number)
+    return measure(*args)
+class Counted(train.DistributedDataParallel):
+    def no_sync(self):
+        print("without reduction", flush=True)
+        return super().no_sync()
+measure, train.evaluate, train.lr_at, train.DistributedDataParallel = train.evaluate, evaluate, planted, Counted
+os.makedirs(f"disk{train.RANK}", exist_ok=True)
+os.chdir(f"disk{train.RANK}")                                        # as if each process had a machine of its own
 train.app()
 """
 
@@ -2073,19 +2124,21 @@ def launch(folder, tmp_path):
     def run(name, processes, *flags, plant="0,0,0"):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
         command = [sys.executable, *torchrun, str(tmp_path / "driver.py"), str(Path(__file__).parent), plant, "--data",
-                   "imagenet", "--device", "cpu", "--data-dir", str(folder), *FILES, "--workers", "0", "--runs",
-                   str(tmp_path / "runs"), "--name", name, *flags]
-        return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    return run
+                   "imagenet", "--device", "cpu", "--data-dir", str(folder), *FILES, "--workers", "0", "--name", name,
+                   *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+                              env=dict(os.environ, OMP_NUM_THREADS="1"))
+    yield run
+    assert not (tmp_path / "disk1" / "runs").exists()                           # only the first process writes
 
 
 def close_runs(tmp_path, *names, tolerance=1e-10):
     """The same loss curve, metrics and weights."""
-    first, *others = (checkpoint(tmp_path / "runs" / name) for name in names)
+    first, *others = (checkpoint(tmp_path / "disk0" / "runs" / name) for name in names)
     assert len(first["log"]) == 3 and first["model"]["head.weight"].dtype == torch.float64
     for other in others:
         for a, b in zip(first["log"], other["log"], strict=True):
-            for key in a.keys() - {"seconds", "images_per_second", "unreadable"}:
+            for key in a.keys() - {"seconds", "images_per_second", "unreadable", "processes"}:
                 assert a[key] == pytest.approx(b[key], abs=tolerance), key
         assert first["model"].keys() == other["model"].keys()
         torch.testing.assert_close(first["model"], other["model"], rtol=0, atol=tolerance)
@@ -2099,10 +2152,17 @@ def test_one_process_two_and_parts_are_the_same_run(launch, tmp_path):
     assert two.stdout.count("batch     12 images = 2 (processes) x 1 (parts) x 6; peak lr 0.004\n") == 1
     assert two.stdout.count("\n    3 ") == 1 and two.stdout.count("test accuracy") == 1     # said once
     close_runs(tmp_path, "one", "parts", "two")
-    assert {len(list((tmp_path / "runs" / name).iterdir())) for name in ("one", "two")} == {4}
-    assert launch("compiled", 2, "--compile", "on", "--accumulate", "3").returncode == 0
+    assert {len(list((tmp_path / "disk0" / "runs" / name).iterdir())) for name in ("one", "two")} == {4}
+    assert len({*re.findall(r"^dropout \d (\d+)$", two.stdout, re.M)}) == 2     # each process has its own
+    compiled = launch("compiled", 2, "--compile", "on", "--accumulate", "3")
+    assert compiled.returncode == 0 and compiled.stdout.count("without reduction") == 2 * 3 * 4 * 2, compiled.stderr
     close_runs(tmp_path, "one", "compiled", tolerance=1e-5)                     # its .float() is not the driver's
-    assert checkpoint(tmp_path / "runs" / "two")["config"]["environment"]["processes"] == 2
+    assert [line["processes"] for line in log_of(tmp_path / "disk0" / "runs" / "two")] == [2] * 3
+
+
+def test_a_loss_that_is_not_finite_is_said_by_the_first_of_all(launch):
+    result = launch("nan", 2, "--lr", "1e30")
+    assert result.returncode != 0 and result.stderr.count("the loss is not finite at step") == 1, result.stderr
 
 
 def test_a_process_that_dies_ends_the_job_and_others_go_on_from_there(launch, tmp_path):
@@ -2110,10 +2170,10 @@ def test_a_process_that_dies_ends_the_job_and_others_go_on_from_there(launch, tm
     assert killed.returncode != 0 and 'File "' + str(Path(train.__file__)) not in killed.stderr
     lost = r"^error: process 0 of 2 has lost another one, .* --resume goes on$"
     assert len(re.findall(lost, killed.stderr, re.M)) == 1
-    assert checkpoint(tmp_path / "runs" / "killed")["epoch"] == 1
-    stopped = launch("killed", 1, "--resume", "--accumulate", "3", plant=f"0,2,{int(signal.SIGTERM)}")
-    assert stopped.returncode == 143 and "stopped by SIGTERM after step 2 of 4 of epoch 2: saved" in stopped.stdout
-    stopped = launch("killed", 2, "--resume", plant=f"1,3,{int(signal.SIGTERM)}")   # one is told, both stop
+    assert checkpoint(tmp_path / "disk0" / "runs" / "killed")["epoch"] == 1
+    stopped = launch("killed", 2, "--resume", plant=f"1,-1,{int(signal.SIGTERM)}")  # in evaluation
+    assert stopped.returncode != 0 and "stopped by SIGTERM after step 4 of 4 of epoch 2: saved" in stopped.stdout
+    stopped = launch("killed", 2, "--resume", plant=f"1,1,{int(signal.SIGTERM)}")   # one is told, both stop
     assert stopped.returncode != 0 and "stopped by SIGTERM after step 1 of 4 of epoch 3" in stopped.stdout
     finished = launch("killed", 1, "--resume")
     assert finished.returncode == 0 and "on from step 1 of epoch 3" in finished.stdout, finished.stderr
@@ -2134,8 +2194,8 @@ def test_several_processes_know_what_they_cannot_do(launch, monkeypatch, command
     one_line(command("--compile", "graphs"), "--compile graphs needs CUDA and one process")
 
 
-def test_one_process_downloads_before_the_others(monkeypatch, command, tmp_path):
-    """Turns: the first process, then the first of each machine, then all."""
+def test_one_process_downloads_before_the_others(monkeypatch, command, folder):
+    """Turns: the first process, then the first of each machine, then all. Image files are there: no turns."""
     events = []
     monkeypatch.setattr(train, "PROCESSES", 2)
     monkeypatch.setattr(train.dist, "init_process_group", lambda *_: None)
@@ -2150,6 +2210,9 @@ def test_one_process_downloads_before_the_others(monkeypatch, command, tmp_path)
         monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         assert command("--overwrite").exit_code == 2 and events == expected     # no images: that is the error
+        events.clear()
+        flags = ["--data-dir", folder, *FILES, "--overwrite"]
+        assert command(*flags, data="imagenet").exit_code == 2 and events == ["load", "barrier"]
 
 
 def deit(dim=192):
@@ -2531,7 +2594,7 @@ def test_every_flag_of_bench_has_its_effect(timing, monkeypatch):
     (["--model", ""], "unknown --model ''"),
     (["--peers", ""], "unknown --peers ''"),
     (["--tables", ""], "unknown --tables ''"),
-    (["--data", "nowhere"], "--data-dir nowhere is no folder with train/CLASS/*.JPEG"),
+    (["--data", "nowhere"], "--data-dir nowhere cannot be read as ImageNet, train/CLASS/*.JPEG"),
     (["--data", ".", "--methods", "mpvg"], "--methods is of no meaning with --data: leave it out"),
     (["--workers", "2"], "--workers is of no meaning without --data"),
     (["--data", ".", "--model", "vit-lite"], "--data is read at 224x224, and vit-lite takes 32x32: take a DeiT"),

@@ -13,6 +13,7 @@ import atexit
 import copy
 import ctypes
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -107,13 +108,17 @@ def fail(message):
     raise typer.Exit(2)
 
 
+def add_up(numbers, how=dist.ReduceOp.SUM):
+    """-> floats: each number, summed over the processes."""
+    sums = torch.tensor(numbers, dtype=torch.float64)                # counts are exact; on the CPU: waits for no GPU
+    if PROCESSES > 1:
+        dist.all_reduce(sums, how)
+    return sums.tolist()
+
+
 def agree(number):
-    """-> the greatest of what all processes call it with."""
-    if PROCESSES == 1:
-        return number
-    greatest = torch.tensor(number)                                  # on the CPU: no accelerator is waited for
-    dist.all_reduce(greatest, dist.ReduceOp.MAX)
-    return greatest.item()
+    """-> the greatest of the numbers that the processes call it with; waits for all of them."""
+    return int(*add_up([number], dist.ReduceOp.MAX))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -250,8 +255,9 @@ class Folder:
 
     def __init__(self, samples, size, device, workers, crop_scale=None, bicubic=1.0):
         self.samples, self.device, self.plan, self.named, self.failures = samples, device, [], set(), 0
+        self.how = "replaced by the next one" if crop_scale else "left out"
         self.loader = DataLoader(Crops(samples, size, crop_scale, bicubic), sampler=self.plan, batch_size=None,
-                                 num_workers=workers, persistent_workers=workers > 0,
+                                 num_workers=workers, persistent_workers=workers > 0 and crop_scale is not None,
                                  pin_memory=device.type == "cuda", worker_init_fn=leave_signals,
                                  generator=torch.Generator())        # else it draws from that of dropout
         if workers:
@@ -266,12 +272,14 @@ class Folder:
         for x, y, unreadable in self.loader:
             self.failures += len(unreadable)
             for path in unreadable:
-                if path not in self.named:
-                    tqdm.write(f"warning: {path} cannot be decoded and is left out ({unreadable[path]})", sys.stderr)
-                    self.named.add(path)
-            if len(unreadable) >= 20 and (y == -1).any():
-                fail(f"{[*unreadable][-1]} and the files before it cannot be read: is their disk still there? --resume "
-                     "goes on")
+                if path not in self.named and len(self.named) < 10:
+                    tqdm.write(f"warning: {path} cannot be decoded and is {self.how} ({unreadable[path]})", sys.stderr)
+                    if len(self.named) == 9:
+                        tqdm.write("warning: others like it are only counted from here on", sys.stderr)
+                self.named.add(path)
+            if self.how != "left out" and (y == -1).any():           # none of 20 files in a row
+                fail(f"{[*unreadable][-1]} and the files before it cannot be decoded: are they images, and is their "
+                     "disk still there?")
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def pieces(self, order, seeds, first, columns, width):
@@ -293,10 +301,16 @@ def class_names(root):
     """-> the classes of an ImageNet folder, which are those of its train/ and its val/."""
     train, val = (in_folder(torchvision.datasets.folder.find_classes, root, split)[0] for split in ("train", "val"))
     if train != val:
-        one = min({*train} ^ {*val})
-        fail(f"--data-dir {root}: train/ and val/ have other classes ({len(train)} and {len(val)}; {one} is only in "
-             f"{'train' if one in train else 'val'}/): sort val/'s images into folders of the same names")
+        only = [", ".join([*one[:3], "..."][:len(one)]) or "none"
+                for one in (sorted({*train} - {*val}), sorted({*val} - {*train}))]
+        fail(f"--data-dir {root}: train/ and val/ have different classes (only in train/: {only[0]}; only in val/: "
+             f"{only[1]}): sort val/'s images into folders of the same names")
     return train
+
+
+def digest(classes):
+    """-> a short word for the names of the classes, which a run keeps: labels mean nothing with others."""
+    return hashlib.sha256("\n".join(classes).encode()).hexdigest()[:12]
 
 
 def in_folder(function, root, split):
@@ -304,7 +318,8 @@ def in_folder(function, root, split):
     try:
         return function(root / split)
     except OSError as error:
-        fail(f"--data-dir {root} is no folder with {split}/CLASS/*.JPEG, as ImageNet is ({str(error).splitlines()[0]})")
+        fail(f"--data-dir {root} cannot be read as ImageNet, train/CLASS/*.JPEG and val/CLASS/*.JPEG "
+             f"({str(error).splitlines()[0]}): give the folder that holds both")
 
 
 def default_workers(device):
@@ -325,6 +340,8 @@ def load_data(config, root, device=torch.device("cpu"), workers=None, splits=("t
             folder = in_folder(torchvision.datasets.ImageFolder, root, "train" if split == "train" else "val")
             if len(folder.classes) != config["num_classes"]:
                 fail(f"{folder.root} has {len(folder.classes)} classes, and the model {config['num_classes']}")
+            if config.get("classes", digest(folder.classes)) != digest(folder.classes):
+                fail(f"{folder.root} has other classes than those that the model was trained on")
             samples, labels = folder.samples, torch.tensor(folder.targets)
         elif config["data"] == "cifar100":
             images, labels = cifar100(root, train=split == "train")
@@ -348,8 +365,8 @@ def load_data(config, root, device=torch.device("cpu"), workers=None, splits=("t
 # Pillow's arithmetic for batches of uint8 images (B, 3, H, W), every image with parameters of its own, tensors (B,).
 
 def rows_of(mask, device):
-    """-> the numbers of the rows that are True, found where the mask is, on the CPU: no accelerator is waited for."""
-    return mask.nonzero()[:, 0].to(device)
+    """-> the numbers of the rows that are True, found where the mask is, on the CPU: no GPU is waited for."""
+    return mask.nonzero()[:, 0].to(device, non_blocking=True)
 
 
 def sample(x, grid, bicubic):
@@ -363,7 +380,8 @@ def sample(x, grid, bicubic):
 
 def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     """The output at (u, v), from -1 to 1, is the input at (a u + b v + c, d u + e v + f), or `fill` (3,) outside."""
-    matrix = torch.stack([torch.as_tensor(t, device=x.device).expand(len(x)) for t in (a, b, c, d, e, f)], dim=1)
+    matrix = torch.stack([t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
+                          for t in (a, b, c, d, e, f)], dim=1)
     grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
     return torch.where(inside, sample(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
@@ -460,22 +478,30 @@ def augment(x, draws, recipe, fill):
     """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places.
 
     draws: of draw_images, on the CPU."""
+    there = partial(torch.Tensor.to, device=x.device, non_blocking=True)
     if recipe["crop_scale"] < 1:
-        x = resized_crop(x, draws["crop"].to(x.device), draws["crop_bicubic"])
+        x = resized_crop(x, there(draws["crop"]), draws["crop_bicubic"])
     if recipe["flip"] > 0:
-        x = torch.where(draws["flip"].to(x.device).view(-1, 1, 1, 1), x.flip(3), x)
+        x = torch.where(there(draws["flip"]).view(-1, 1, 1, 1), x.flip(3), x)
     for operation, m, s, bicubic in zip(*(draws[key].T for key in ("operation", "magnitude", "sign", "bicubic"))):
         for number, apply in enumerate(OPERATIONS.values()):
             chosen = operation == number
             if chosen.any():
                 rows, how = rows_of(chosen, x.device), partial(warp, bicubic=bicubic[chosen], fill=fill)
-                x[rows] = apply(x[rows], m[chosen].to(x.device), s[chosen].to(x.device), how)
+                x[rows] = apply(x[rows], there(m[chosen]), there(s[chosen]), how)
     return x
+
+
+@functools.lru_cache
+def pixels(data, device):
+    """-> mean and std of PIXELS, (3, 1, 1) each; copied to a GPU once, as it waits for a copy."""
+    return torch.tensor(PIXELS[data], device=device).view(2, 3, 1, 1).unbind()
 
 
 def normalise(x, data):
     """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and deviation."""
-    return v2.normalize(x / 255, *PIXELS[data], inplace=True)
+    mean, std = pixels(data, x.device)
+    return (x / 255).sub_(mean).div_(std)
 
 
 def prepare(x, y, draws, keep, recipe, classes, seed, place=0):
@@ -486,8 +512,8 @@ def prepare(x, y, draws, keep, recipe, classes, seed, place=0):
     neighbour i xor 1. ViT-Lite's recipe erases after mixing; DeiT's, erase_first, before, and mixes floats.
     """
     (S, B), shape, data = y.shape, x.shape[2:], recipe["data"]
-    fill = (255 * torch.tensor(PIXELS[data][0], device=x.device)).round()
-    keep = keep if keep is None else keep.to(x.device)[:, None, None]  # (S, 1, 1, H, W)
+    fill = (255 * pixels(data, x.device)[0]).round()
+    keep = keep if keep is None else keep.to(x.device, non_blocking=True)[:, None, None]  # (S, 1, 1, H, W)
 
     def mix(x):
         if keep is None:
@@ -496,12 +522,13 @@ def prepare(x, y, draws, keep, recipe, classes, seed, place=0):
         return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep).flatten(0, 1)
 
     def erase(x):
-        """Every image's noise is a window of its step's noise that begins at the image's place in the batch."""
+        """Every image's noise is a window of its step's noise, 101 values after its neighbour's: drawn at once, and
+        yet by place. Windows of their own would be 600 MB for 1,024 images."""
         rows, size = rows_of(draws["erase"][:, 2] > 0, x.device), shape.numel()
-        noise = torch.randn(S, size + recipe["batch_size"], generator=torch.Generator(x.device).manual_seed(seed),
-                            device=x.device).unfold(1, size, 1)
+        noise = torch.randn(S, size + 101 * recipe["batch_size"], device=x.device,
+                            generator=torch.Generator(x.device).manual_seed(seed)).unfold(1, size, 101)
         noise = noise[rows // B, place + rows % B].view(-1, *shape)
-        inside = box_mask(draws["erase"].to(x.device)[rows], *shape[1:])[:, None]
+        inside = box_mask(draws["erase"].to(x.device, non_blocking=True)[rows], *shape[1:])[:, None]
         x[rows] = torch.where(inside, noise, x[rows])
         return x
 
@@ -604,14 +631,6 @@ class LossModule(nn.Module):
         return self.loss(x, y)
 
 
-def add_up(numbers):
-    """-> floats, summed over the processes."""
-    sums = torch.tensor(numbers, dtype=torch.float64)                # on the CPU, exact for counts
-    if PROCESSES > 1:
-        dist.all_reduce(sums)
-    return sums.tolist()
-
-
 VIEWS = {"test_accuracy": "test_loss", "full_crop_accuracy": "full_crop_loss"}  # what is measured of each view
 
 
@@ -630,9 +649,9 @@ def evaluate(predict, test, data, device, stopped=()):
             logits = predict(normalise(x[:, view], data))[:len(y)]
             hits[view] += (logits.argmax(1) == y).sum()
             losses[view] += F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
-    if agree(int(bool(stopped))):
+    *sums, count, stops = add_up([*map(float, hits + losses), float(count), len(stopped)])
+    if stops:
         return None
-    *sums, count = add_up([*map(float, hits + losses), float(count)])
     if not count:
         fail("not one test image can be decoded")
     found = {}
@@ -722,27 +741,28 @@ def train_run(config, model, split, folder, device, saved=None, parts=1):
     start = time.perf_counter() - seconds
 
     def check():
+        """By the first process: where one has no finite loss, the next weights of all are not finite."""
         wrong = (~losses[:done].isfinite()).nonzero()
-        if len(wrong) or not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+        if RANK == 0 and (len(wrong) or not torch.stack([p.isfinite().all() for p in model.parameters()]).all()):
             at = wrong[0].item() + 1 if len(wrong) else done
             kept = f"last.pt is of epoch {log[-1]['epoch']}" if log else "nothing was saved yet"
             fail(f"the loss is not finite at step {at} of epoch {epoch + 1}: --overwrite with a lower --lr ({kept})")
 
     def write(first):
         check()
-        if RANK:
-            return
-        contents = dict(model=model.state_dict(), config=config, epoch=epoch, best=best, log=log)
-        if log and best["epoch"] == epoch and done == 0:
-            save(folder / "best.pt", contents)
-        save(folder / "last.pt", dict(
-            contents, step=done, optimizer=optimizer.state_dict(), losses=losses[:done].cpu(),
-            seconds=time.perf_counter() - start, rng=torch.get_rng_state(),
-            device_rng=None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()))
-        if first:                                                    # only now: here may be the run to overwrite
-            for name in ["log.jsonl"] + ["best.pt"] * (not log):
-                (folder / name).unlink(missing_ok=True)
-        save_record(folder, config, log)
+        if RANK == 0:
+            contents = dict(model=model.state_dict(), config=config, epoch=epoch, best=best, log=log)
+            if log and best["epoch"] == epoch and done == 0:
+                save(folder / "best.pt", contents)
+            save(folder / "last.pt", dict(
+                contents, step=done, optimizer=optimizer.state_dict(), losses=losses[:done].cpu(),
+                seconds=time.perf_counter() - start, rng=torch.get_rng_state(),
+                device_rng=None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()))
+            if first:                                                # only now: here may be the run to overwrite
+                for name in ["log.jsonl"] + ["best.pt"] * (not log):
+                    (folder / name).unlink(missing_ok=True)
+            save_record(folder, config, log)
+        agree(0)                                                     # the others wait: if one left, torchrun ended all
 
     views = list(VIEWS)[:split["test"].views]
     say("\nepoch      loss   test %" + "  full crop" * (len(views) - 1) + "         lr   images/s   seconds")
@@ -796,7 +816,7 @@ def train_run(config, model, split, folder, device, saved=None, parts=1):
                 raise typer.Exit(128 + stop)
             epoch, done = epoch + 1, 0
             log.append(dict(epoch=epoch, loss=losses.mean().item(), **result, lr=optimizer.param_groups[0]["lr"],
-                            images_per_second=speed, seconds=time.perf_counter() - start))
+                            processes=PROCESSES, images_per_second=speed, seconds=time.perf_counter() - start))
             if config["data"] == "imagenet":
                 log[-1]["unreadable"] = int(*add_up([sum(part.failures for part in split.values()) - failures]))
             if result["test_accuracy"] > best["test_accuracy"]:
@@ -897,8 +917,10 @@ def configure(flags):
         fail("--compile graphs needs CUDA and one process: use --compile on, or off")
     if flags["freeze"] and not flags["init"]:
         fail("--freeze trains the head alone: --init says which weights it keeps")
-    classes = len(class_names(flags["data_dir"])) if data == "imagenet" else 100
-    config = dict(data=data, num_classes=classes, method=method, overrides=overrides, seed=flags["seed"], **recipe)
+    config = dict(data=data, num_classes=100, method=method, overrides=overrides, seed=flags["seed"], **recipe)
+    if data == "imagenet":
+        classes = class_names(flags["data_dir"])
+        config |= dict(num_classes=len(classes), classes=digest(classes))
     config |= {key: flags[key] for key in ("drop_path", "attn_drop", "fraction", "freeze")}
     config |= dict(init=str(flags["init"]) if flags["init"] else None,
                    precision=flags["precision"] or ("bf16" if cuda else "fp32"),
@@ -1108,20 +1130,25 @@ def train_here(flags, config, vit, folder, device):
             fail(f"--init {source} cannot be read ({error.strerror})")
         except ValueError as error:
             fail(f"--init: {error}")
-        if trained.get("config", config)["data"] != config["data"]:  # other classes, even where they are as many
-            vit.head = head
+        trained = trained.get("config")
+        if isinstance(trained, dict) and any(trained.get(key) != config.get(key) for key in ("data", "classes")):
+            vit.head = head                                          # other classes, even where they are as many
         kept = "its head, too" if (vit.head.weight != head.weight).any() else "with a new head"
         say(f"init      {source}, {kept}")
     vit.requires_grad_(not config["freeze"]).to(device).head.requires_grad_(True)
     split = None
-    for turn in (RANK == 0, LOCAL_RANK == 0, True):                  # one downloads, then one on every machine
+    # One downloads, then one on every machine; files are there.
+    for turn in [True] if config["data"] == "imagenet" else (RANK == 0, LOCAL_RANK == 0, True):
         if turn and not split:
             split = load_data(config, flags["data_dir"], device, flags["workers"])
         agree(0)                                                     # waits for the others
     count, size, parts = len(split["train"]), config["batch_size"], flags["accumulate"]
     if size > count:
         fail(f"--batch-size {size} is more than the {count} training images (--fraction {config['fraction']:g})")
-    config["environment"] = environment(device) | dict(accumulate=parts)
+    if saved and saved["config"].get("images", count) != count:
+        fail(f"{folder} was trained on {saved['config']['images']} images, here are {count}: give its --data-dir, or "
+             "another --name")
+    config |= dict(images=count, environment=environment(device) | dict(accumulate=parts))
     if RANK == 0:
         make_folder(folder, "--runs")
         if not (folder / "last.pt").exists():                        # an --overwrite waits until it has something
@@ -1137,6 +1164,8 @@ def train_here(flags, config, vit, folder, device):
         + (f", on from step {saved['step']} of epoch {saved['epoch'] + 1}" if saved else ""))
     log, best = train_run(config, vit, split, folder, device, saved, parts)
     full = f"; at a full crop {log[-1]['full_crop_accuracy']:.2f} %" if "full_crop_accuracy" in log[-1] else ""
+    if unreadable := log[-1].get("unreadable"):
+        say(f"\nin the last epoch {unreadable} times a file could not be decoded")
     say(f"\nweights in {folder / 'last.pt'}\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last of "
         f"{config['epochs']} epochs (best: {best['test_accuracy']:.2f} % after epoch {best['epoch']}){full}")
 
@@ -1308,7 +1337,7 @@ def evaluate_run(
     run: Path = typer.Argument(help="A run's folder (its last epoch), or one of its checkpoints."),
     image_size: int | None = flag(None, "Resize images and PE to that many pixels.", of="the model's", min=1),
     fold_: bool = flag(None, "Store every PE term first: no PE norm is left.", "--fold", value=False),
-    data_dir: Path = flag(None, "Where cifar100 is or goes.", value=Path("data")),
+    data_dir: Path = flag(None, "Where cifar100 is or goes; the folder with imagenet's val/.", value=Path("data")),
     device: str = flag(None, "auto, cpu, cuda, mps or xpu.", value="auto"),
 ):
     """Measure a run's test accuracy and loss again."""
@@ -1411,7 +1440,7 @@ def report(
     run: list[Path] = typer.Argument(help="Folders of runs, or checkpoints."),
     out: Path = flag(None, "Folder for report.json and the figures.", value=Path("report")),
     images: int = flag(None, "Test images to average over.", value=1000, min=1),
-    data_dir: Path = flag(None, "Where cifar100 is or goes.", value=Path("data")),
+    data_dir: Path = flag(None, "Where cifar100 is or goes; the folder with imagenet's val/.", value=Path("data")),
     device: str = flag(None, "auto, cpu, cuda, mps or xpu.", value="auto"),
 ):
     """Measure and draw what the paper draws: curves, correlation of tokens and PE by layer, heatmaps, the last norm.
