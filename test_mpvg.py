@@ -2117,25 +2117,28 @@ train.app()
 """
 
 
-@pytest.fixture
-def launch(folder, tmp_path):
-    """Runs train.py in float64, in a process of its own or with torchrun in several."""
-    (tmp_path / "driver.py").write_text(DRIVER)
+@pytest.fixture(scope="module")
+def launch(folder, tmp_path_factory):
+    """Runs train.py in float64, in a process of its own or with torchrun in several; one such run is there, "one"."""
+    root = tmp_path_factory.mktemp("launch")
+    (root / "driver.py").write_text(DRIVER)
 
     def run(name, processes, *flags, plant="0,0,0"):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
-        command = [sys.executable, *torchrun, str(tmp_path / "driver.py"), str(Path(__file__).parent), plant, "--data",
+        command = [sys.executable, *torchrun, str(root / "driver.py"), str(Path(__file__).parent), plant, "--data",
                    "imagenet", "--device", "cpu", "--data-dir", str(folder), *FILES, "--workers", "0", "--name", name,
                    *flags]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+        return subprocess.run(command, capture_output=True, text=True, cwd=root,
                               env=dict(os.environ, OMP_NUM_THREADS="1"))
+    run.runs = root / "disk0" / "runs"
+    assert run("one", 1).returncode == 0
     yield run
-    assert not (tmp_path / "disk1" / "runs").exists()                           # only the first process writes
+    assert not (root / "disk1" / "runs").exists()                               # only the first process writes
 
 
-def close_runs(tmp_path, *names, tolerance=1e-10):
+def close_runs(*folders, tolerance=1e-10):
     """The same loss curve, metrics and weights."""
-    first, *others = (checkpoint(tmp_path / "disk0" / "runs" / name) for name in names)
+    first, *others = map(checkpoint, folders)
     assert len(first["log"]) == 3 and first["model"]["head.weight"].dtype == torch.float64
     for other in others:
         for a, b in zip(first["log"], other["log"], strict=True):
@@ -2145,20 +2148,20 @@ def close_runs(tmp_path, *names, tolerance=1e-10):
         torch.testing.assert_close(first["model"], other["model"], rtol=0, atol=tolerance)
 
 
-def test_one_process_two_and_parts_are_the_same_run(launch, tmp_path):
-    assert launch("one", 1).returncode == 0
+def test_one_process_two_and_parts_are_the_same_run(launch):
+    one, runs = launch.runs / "one", launch.runs
     assert launch("parts", 1, "--accumulate", "2").returncode == 0
     two = launch("two", 2)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("batch     12 images = 2 (processes) x 1 (parts) x 6; peak lr 0.004\n") == 1
     assert two.stdout.count("\n    3 ") == 1 and two.stdout.count("test accuracy") == 1     # said once
-    close_runs(tmp_path, "one", "parts", "two")
-    assert {len(list((tmp_path / "disk0" / "runs" / name).iterdir())) for name in ("one", "two")} == {4}
+    close_runs(one, runs / "parts", runs / "two")
+    assert len([*one.iterdir()]) == len([*(runs / "two").iterdir()]) == 4
     assert len({*re.findall(r"^dropout \d (\d+)$", two.stdout, re.M)}) == 2     # each process has its own
     compiled = launch("compiled", 2, "--compile", "on", "--accumulate", "3")
     assert compiled.returncode == 0 and compiled.stdout.count("without reduction") == 2 * 3 * 4 * 2, compiled.stderr
-    close_runs(tmp_path, "one", "compiled", tolerance=1e-5)                     # its .float() is not the driver's
-    assert [line["processes"] for line in log_of(tmp_path / "disk0" / "runs" / "two")] == [2] * 3
+    close_runs(one, runs / "compiled", tolerance=1e-5)                          # its .float() is not the driver's
+    assert [line["processes"] for line in log_of(runs / "two")] == [2] * 3
 
 
 def test_a_loss_that_is_not_finite_is_said_by_the_first_of_all(launch):
@@ -2166,20 +2169,19 @@ def test_a_loss_that_is_not_finite_is_said_by_the_first_of_all(launch):
     assert result.returncode != 0 and result.stderr.count("the loss is not finite at step") == 1, result.stderr
 
 
-def test_a_process_that_dies_ends_the_job_and_others_go_on_from_there(launch, tmp_path):
+def test_a_process_that_dies_ends_the_job_and_others_go_on_from_there(launch):
     killed = launch("killed", 2, plant=f"1,7,{int(signal.SIGKILL)}")
     assert killed.returncode != 0 and 'File "' + str(Path(train.__file__)) not in killed.stderr
     lost = r"^error: process 0 of 2 has lost another one, .* --resume goes on$"
     assert len(re.findall(lost, killed.stderr, re.M)) == 1
-    assert checkpoint(tmp_path / "disk0" / "runs" / "killed")["epoch"] == 1
+    assert checkpoint(launch.runs / "killed")["epoch"] == 1
     stopped = launch("killed", 2, "--resume", plant=f"1,-1,{int(signal.SIGTERM)}")  # in evaluation
     assert stopped.returncode != 0 and "stopped by SIGTERM after step 4 of 4 of epoch 2: saved" in stopped.stdout
     stopped = launch("killed", 2, "--resume", plant=f"1,1,{int(signal.SIGTERM)}")   # one is told, both stop
     assert stopped.returncode != 0 and "stopped by SIGTERM after step 1 of 4 of epoch 3" in stopped.stdout
     finished = launch("killed", 1, "--resume")
     assert finished.returncode == 0 and "on from step 1 of epoch 3" in finished.stdout, finished.stderr
-    assert launch("whole", 1).returncode == 0
-    close_runs(tmp_path, "whole", "killed")
+    close_runs(launch.runs / "one", launch.runs / "killed")
 
 
 def test_several_processes_know_what_they_cannot_do(launch, monkeypatch, command):
@@ -2799,12 +2801,10 @@ def test_the_readmes_way_to_evaluate_published_weights(folder, tmp_path, monkeyp
     assert re.fullmatch(r"\{'test_accuracy': .*, 'full_crop_loss': [\d.]+\}\n", capsys.readouterr().out)
 
 
-def test_help_and_a_real_process():
+def test_help_names_every_flag_and_every_number_of_the_recipes():
     root = Path(__file__).parent
     shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=root, capture_output=True, text=True)
     flags = ["--" + name.replace("_", "-") for name in inspect.signature(train.train).parameters if name != "ctx"]
     assert shown.returncode == 0 and all(f"{flag} " in shown.stdout for flag in flags) and len(flags) > 40
     for recipe in train.RECIPES.values():
         assert all(str(value) in shown.stdout for value in recipe.values())
-    wrong = subprocess.run([sys.executable, "train.py", "--data", "imagenet"], cwd=root, capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
