@@ -522,8 +522,8 @@ def prepare(x, y, draws, keep, recipe, classes, seed, place=0):
         return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep).flatten(0, 1)
 
     def erase(x):
-        """Every image's noise is a window of its step's noise, 101 values after its neighbour's: drawn at once, and
-        yet by place. Windows of their own would be 600 MB for 1,024 images."""
+        """An image's noise is a window of its step's, 101 values after its neighbour's: drawn at once, and yet by its
+        place in the whole batch. Noise of its own for each of 1,024 images of 224 x 224 would take 600 MB."""
         rows, size = rows_of(draws["erase"][:, 2] > 0, x.device), shape.numel()
         noise = torch.randn(S, size + 101 * recipe["batch_size"], device=x.device,
                             generator=torch.Generator(x.device).manual_seed(seed)).unfold(1, size, 101)
@@ -631,7 +631,8 @@ class LossModule(nn.Module):
         return self.loss(x, y)
 
 
-VIEWS = {"test_accuracy": "test_loss", "full_crop_accuracy": "full_crop_loss"}  # what is measured of each view
+# What is measured of each view of a test image: at crop ratio 0.875 (where there is but one: as it is), and at 1.0.
+VIEWS = {"test_accuracy": "test_loss", "full_crop_accuracy": "full_crop_loss"}
 
 
 @torch.no_grad()
@@ -782,6 +783,7 @@ def train_run(config, model, split, folder, device, saved=None, parts=1):
                     loss = loss_of(x.to(device), y.to(device)) / parts
                     loss.backward()
                 losses[done] += loss.detach()
+                del x, y                                             # before the next ones are made
                 if not last:
                     continue
                 lr = lr_at(epoch if config["lr_per"] == "epoch" else epoch + done / steps, **schedule)
