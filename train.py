@@ -103,7 +103,7 @@ def say(text):
 def fail(message):
     """Ends the program with one line on stderr and exit code 2; torchrun then ends the other processes."""
     if LOCAL_RANK and not dist.is_initialized():
-        time.sleep(5)                                                # a user's mistake: the first one says it, and once
+        time.sleep(10)                                               # a user's mistake: the first one says it, and once
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(2)
 
