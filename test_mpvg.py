@@ -1980,7 +1980,10 @@ def test_repeated_augmentation_and_partners(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_on_files_leaves_its_record(folder, command, tmp_path, workers):
+def test_a_run_on_files_leaves_its_record(folder, command, tmp_path, monkeypatch, workers):
+    started, real = [], train.DataLoader
+    monkeypatch.setattr(train, "DataLoader", lambda *args, **how: started.append(how["num_workers"]) or real(
+        *args, **how))
     flags = ["--data-dir", folder, *FILES, "--workers", workers, "--batch-size", 24, "--epochs", 2]
     result = command(*flags, data="imagenet")
     assert result.exit_code == 0, result.output
@@ -1988,7 +1991,7 @@ def test_a_run_on_files_leaves_its_record(folder, command, tmp_path, workers):
     assert result.stderr.count("warning: ") >= 2 and "51 to train, 15 to test" in result.output
     assert f"in the last epoch {log_of(run_folder(tmp_path)[0])[-1]['unreadable']} times a file could" in result.stdout
     run, config = run_folder(tmp_path)
-    assert (config["num_classes"], config["image_size"]) == (3, 32)
+    assert (config["num_classes"], config["image_size"]) == (3, 32) and started == [workers] * 2
     lines, saved = log_of(run), checkpoint(run)
     assert [line["epoch"] for line in lines] == [1, 2] and all(line["unreadable"] >= 2 for line in lines)
     assert result.stdout.strip().endswith(f"; at a full crop {lines[-1]['full_crop_accuracy']:.2f} %")
@@ -2050,6 +2053,36 @@ def test_a_folder_that_is_no_imagenet_is_refused_before_the_first_step(folder, c
     damage(tmp_path / "copy")
     one_line(command("--data-dir", tmp_path / "copy", *FILES, data="imagenet"), says)
     assert not (tmp_path / "runs").exists()
+
+
+def test_flags_reach_the_workers(folder, monkeypatch):
+    config = dict(SMALL, crop_scale=0.3, bicubic=0.25, image_size=40, fraction=0.5, classes=train.digest("abc"))
+    data = train.load_data(config, folder)
+    crops = data["train"].loader.dataset
+    assert (crops.size, crops.crop_scale, crops.bicubic) == (40, 0.3, 0.25) and data["train"].loader.num_workers == 0
+    assert torch.tensor([label for _, label in crops.samples]).bincount().tolist() == [8] * 3  # of 17
+    assert data["test"].loader.dataset.crop_scale is None and len(data["test"]) == 15
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [train.default_workers(torch.device(name)) for name in ("cpu", "cuda")] == [0, 6]
+
+
+@pytest.mark.parametrize("error, says", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore"), "Killed. ): is memory, or shared"),
+    (torch.OutOfMemoryError("all of it"), "cpu is out of memory: raise --accumulate"),
+])
+def test_what_ends_a_run_is_one_line(command, monkeypatch, error, says):
+    def train_run(*_):
+        raise error
+    monkeypatch.setattr(train, "train_run", train_run)
+    one_line(command(), says)
+
+
+def test_without_a_test_image_nothing_is_measured(folder, capsys):
+    test = train.Folder(files(folder, "val")[8:10], 32, torch.device("cpu"), 0)  # the damaged ones
+    with pytest.raises(typer.Exit):
+        train.evaluate(create("vit-nano", "mpvg"), test, "imagenet", torch.device("cpu"))
+    assert capsys.readouterr().err.endswith("error: not one test image can be decoded\n")
 
 
 def test_the_peak_lr_follows_the_batch(folder, command, tmp_path):
@@ -2716,6 +2749,13 @@ def test_reading_files_is_timed_beside_the_usual_pipeline(timing, folder, monkey
     assert (f"one worker decodes and crops {core:,.0f} images/s; this step takes what "
             f"{speeds['training step'] / core:.2g} of them make") in result.output
     one_line(timing("--data", folder, "--batch", 64, real=True), "has only 51 images to train on: take a smaller")
+
+
+def test_a_file_that_the_usual_pipeline_cannot_read_is_said(timing, monkeypatch):
+    def run_data(*_):
+        raise OSError("Caught in a worker\nUnidentifiedImageError: it is empty")
+    monkeypatch.setattr(bench, "run_data", run_data)
+    one_line(timing("--data", "d"), "--data d: the usual pipeline does not get over a file (UnidentifiedImageError: it")
 
 
 def test_the_usual_pipeline_reads_what_ours_reads(folder):

@@ -242,7 +242,8 @@ def end_workers():
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)                # DataLoader's would call a dead worker an error
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:                                           # as workers are; others are not ours
+            process.kill()
 
 
 class Folder:
@@ -255,9 +256,9 @@ class Folder:
 
     def __init__(self, samples, size, device, workers, crop_scale=None, bicubic=1.0):
         self.samples, self.device, self.plan, self.named, self.failures = samples, device, [], set(), 0
-        self.how = "replaced by the next one" if crop_scale else "left out"
+        self.testing = crop_scale is None
         self.loader = DataLoader(Crops(samples, size, crop_scale, bicubic), sampler=self.plan, batch_size=None,
-                                 num_workers=workers, persistent_workers=workers > 0 and crop_scale is not None,
+                                 num_workers=workers, persistent_workers=workers > 0 and not self.testing,
                                  pin_memory=device.type == "cuda", worker_init_fn=leave_signals,
                                  generator=torch.Generator())        # else it draws from that of dropout
         if workers:
@@ -273,11 +274,12 @@ class Folder:
             self.failures += len(unreadable)
             for path in unreadable:
                 if path not in self.named and len(self.named) < 10:
-                    tqdm.write(f"warning: {path} cannot be decoded and is {self.how} ({unreadable[path]})", sys.stderr)
+                    how = "left out" if self.testing else "replaced by the next one"
+                    tqdm.write(f"warning: {path} cannot be decoded and is {how} ({unreadable[path]})", sys.stderr)
                     if len(self.named) == 9:
                         tqdm.write("warning: others like it are only counted from here on", sys.stderr)
                 self.named.add(path)
-            if self.how != "left out" and (y == -1).any():           # none of 20 files in a row
+            if not self.testing and (y == -1).any():                 # none of 20 files in a row
                 fail(f"{[*unreadable][-1]} and the files before it cannot be decoded: are they images, and is their "
                      "disk still there?")
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
@@ -551,7 +553,7 @@ def epoch_order(config, count, epoch):
 
 
 def epoch_batches(config, data, epoch, first, classes, parts):
-    """Yields images and labels as a training step takes them, from step `first` of an epoch on, on data.device.
+    """Yields images and labels as a training step takes them, from step `first` of an epoch on, prepared.
 
     Of a step's batch a process takes an equal share, in as many `parts` as it sums gradients over. What an image
     becomes depends on (seed, epoch, place in the whole batch), the way images are mixed on (seed, epoch, step): how a
@@ -1102,7 +1104,7 @@ def train(
     except torch.OutOfMemoryError:
         fail(f"{device} is out of memory: raise --accumulate, lower --batch-size, or --jobs of a sweep")
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         if "DataLoader worker" in reason:
             fail(f"a worker process has ended ({reason}): is memory, or shared memory, short? Lower --workers")
         if PROCESSES == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
