@@ -1606,7 +1606,7 @@ def test_sweep_plans_every_pair(commands, tmp_path):
 def test_sets_are_the_papers(commands, monkeypatch, tmp_path, name, model, labels):
     seen = []
     monkeypatch.setattr(train, "results", lambda runs, order, base: seen.append(order) or base)
-    monkeypatch.setattr(train, "finished_runs", lambda folders: folders)
+    monkeypatch.setattr(train, "finished_runs", dict.fromkeys)
     monkeypatch.setitem(MODELS, "deit-tiny", dict(MODELS["deit-tiny"], image_size=32))  # ImageNet comes later
     result = sweep("--set", name, "--seeds", 1, "--model", model, "--data", "cifar100", "--runs", tmp_path)
     assert result.exit_code == 0 and seen == [labels] and len(commands) == len(labels), result.output
@@ -1649,12 +1649,44 @@ def test_the_table_of_finished_runs(tmp_path):
     assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00", "60.00", "3100", "3,743,588", ""]
     assert rows[8] == ["pvg", "1", "20.00", "", "20.00", "3100", "3,742,564", ""] and len(rows) == 9
     assert rows[6][3] == "minus pvg" and max(map(len, result.output.splitlines())) <= 110
+    result_to = sweep("--from", tmp_path, "--base", "mpvg")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result_to.output.splitlines() if "|" in line]
+    assert [rows[0][3], *(row[3] for row in rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "", "", "-13.00"]
+    one_line(sweep("--from", tmp_path, "--base", "pgv"), "holds no finished run of --base pgv")
     write_run(tmp_path / "again", [50.0, 60.0], overrides={"layer0": True})
     one_line(sweep("--from", tmp_path), "two runs of mpvg-layer0=True have seed 0 and the same flags")
     (tmp_path / "again" / "config.json").write_text('{"data": "cifar100", "epochs": 310}')
     one_line(sweep("--from", tmp_path), "again is no run of this train.py")
     titles = [line for line in result.output.splitlines() if line.startswith("vit-lite")]
     assert titles == ["vit-lite, cifar100, 310 epochs, fp32", "vit-lite, cifar100, 310 epochs, fp32, lr 0.1"]
+
+
+def test_a_folders_table_is_joined_by_what_report_has_measured(tmp_path):
+    """Averaged over the runs of a row, apart for each setting; not of runs that are not there."""
+    measured = {}
+    for name, config, beta, correlation in (
+            ("a", dict(method="mpvg", seed=0), 0.1, [None, -0.5, 0.25]), ("c", dict(method="default"), 0.3, [None] * 3),
+            ("b", dict(method="mpvg", seed=1), 0.2, [None, -0.7, 0.35]), ("d", dict(epochs=15), 0.4, [None, 0, 0]),
+            ("e", dict(method="lape"), 0.5, [0.0] * 3), ("f", dict(method="pvg"), None, None)):
+        if name != "e":
+            write_run(tmp_path / name, [50.0], **config)
+        if name != "f":
+            measured[name] = dict(beta_variance=beta, offset_variance=2 * beta, cosine=3 * beta,
+                                  correlation=correlation)
+    (tmp_path / "report").mkdir()
+    assert "correlation" not in sweep("--from", tmp_path).output
+    (tmp_path / "report" / "report.json").write_text(json.dumps(measured))
+    output = sweep("--from", tmp_path).output
+    titles, (_, *tables) = re.findall("^vit-lite.*", output, re.M), re.split("^vit-lite.*", output, flags=re.M)
+    assert titles == ["vit-lite, cifar100, 310 epochs, fp32", "vit-lite, cifar100, 15 epochs, fp32"] * 2
+    rows = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
+            for table in tables]
+    assert [[row[0] for row in table] for table in rows[:2]] == [
+        ["method", "------", "default", "pvg", "mpvg"], ["method", "------", "mpvg"]]
+    assert rows[2][2:] == [["default", "1", "0.30000", "0.60000", "0.900", "-     -     -"],
+                           ["mpvg", "2", "0.15000 +- 0.07071", "0.30000 +- 0.14142", "0.450 +- 0.212",
+                            "- -0.60 +0.30"]]
+    assert rows[3][2:] == [["mpvg", "1", "0.40000", "0.80000", "1.200", "- +0.00 +0.00"]]
 
 
 def test_the_table_of_imagenet_shows_both_crops_and_the_papers_figures(tmp_path):
@@ -1691,6 +1723,7 @@ def test_student_t():
     (["--name", "x"], "sweep sets --name itself"), (["--overwrite"], "sweep sets --overwrite itself"),
     (["--lr", "inf"], "--lr must be a finite number"), (["--runs", __file__], "choose another --runs"),
     (["--methods", "lape,mpvg", "--last-pe", "0"], "use pool='gap'"),
+    (["--methods", "lape,mpvg", "--base", "pvg"], "--base pvg is none of this sweep's rows: lape, mpvg"),
 ], ids=str)
 def test_a_sweeps_mistake_ends_it_before_the_first_run(commands, flags, says):
     one_line(sweep("--device", "cpu", *flags) if "--from" not in flags else sweep(*flags), says)
@@ -1709,6 +1742,10 @@ def test_a_run_that_fails_is_named_and_the_first_row_stays_the_base(monkeypatch,
     assert result.exit_code == 2 and "1 of 2 runs failed and are not in the table: lape-vit-nano" in result.stderr
     table = (tmp_path / "sweep.md").read_text()
     assert "minus lape" in table and "| mpvg" in table and "| lape" not in table
+    assert sweep("--methods", "lape,mpvg", "--seeds", 1, "--data", "numbers", "--runs", tmp_path, "--base",
+                 "mpvg").exit_code == 0
+    table = (tmp_path / "sweep.md").read_text()
+    assert "minus mpvg" in table and "| lape" in table
 
 
 def test_a_real_sweep_side_by_side(tmp_path):
@@ -1779,6 +1816,8 @@ def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
     numbers = json.loads((tmp_path / "bare" / "report.json").read_text())
     assert [*numbers] == ["default-vit-nano-numbers-seed0", "mpvg-vit-nano-numbers-seed0"]
     found = numbers["mpvg-vit-nano-numbers-seed0"]
+    mine, = re.findall(r"^\| mpvg .*", result.output, re.M)
+    assert mine.split()[3:8:2] == ["1", f"{found['beta_variance']:.5f}", f"{found['offset_variance']:.5f}"]
     model = load_weights(create("vit-nano", "mpvg"), Path(folders[1]) / "last.pt").eval()
     expected = train.measure(model, [train.normalise(make_numbers(40, 2)[0][:10], "numbers")])
     assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None

@@ -1195,21 +1195,38 @@ def setting(config):
 
 
 def finished_runs(folders):
-    """-> (configuration, log) of each folder that holds a finished run."""
-    found = []
+    """-> folder: (configuration, log) of each folder that holds a finished run."""
+    found = {}
     for folder in folders:
         if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
             try:
                 config = json.loads((folder / "config.json").read_text())
                 log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
                 setting(config)                                      # knows what a configuration holds
-                found += [(config, log)] if log and log[-1]["epoch"] == config["epochs"] else []
+                found |= {folder: (config, log)} if log and log[-1]["epoch"] == config["epochs"] else {}
             except (OSError, ValueError, KeyError, TypeError) as error:
                 fail(f"{folder} is no run of this train.py ({error!r}): move it elsewhere")
     return found
 
 
-def results(runs, order, base=None):
+def spread(values, digits=2):
+    """-> text: the mean of the values, and where they are several their standard deviation."""
+    return f"{mean(values):.{digits}f}" + (f" +- {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def as_table(title, head, lines):
+    """-> text: a table in Markdown; lines: lists of cells, as head."""
+    lines = [head, ["-" * len(cell) for cell in head], *lines]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return f"{title}\n\n" + "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines) + "\n"
+
+
+def in_order(rows, order=tuple(METHODS)):
+    """-> the dict, its labels in the given order, others by name after them."""
+    return dict(sorted(rows.items(), key=lambda row: ([*order, row[0]].index(row[0]), row[0])))
+
+
+def results(runs, order=tuple(METHODS), base=None):
     """Finished runs -> text: for each setting, that is all flags but method and seed, a table with a row a method.
 
     order: labels in the order of the rows; base: the row that differences are to, the first unless given.
@@ -1223,32 +1240,47 @@ def results(runs, order, base=None):
             fail(f"two runs of {label(config)} have seed {config['seed']} and the same flags: move one away")
         rows[label(config)][config["seed"]] = config, log
     for title, rows in settings.items():
-        rows = dict(sorted(rows.items(), key=lambda row: ([*order, row[0]].index(row[0]), row[0])))
+        rows, lines = in_order(rows, order), []
         first = base or next(iter(rows))
         full = all("full_crop_accuracy" in log[-1] for seeds in rows.values() for _, log in seeds.values())
-        lines = [["method", "n", "last epoch %", f"minus {first}", "best epoch %", *["full crop %"] * full, "seconds",
-                  "parameters", "paper %"]]
-        lines.append(["-" * len(cell) for cell in lines[0]])
         for name, seeds in rows.items():
             config, logs = next(iter(seeds.values()))[0], [log for _, log in seeds.values()]
-            values = [log[-1]["test_accuracy"] for log in logs]
             pairs = [seeds[seed][1][-1]["test_accuracy"] - log[-1]["test_accuracy"]
                      for seed, (_, log) in rows.get(first, {}).items() if seed in seeds and name != first]
             with torch.device("meta"):
                 count = sum(p.numel() for p in build(config).parameters())
             published = paper[title].get(name)
             lines.append([
-                name, str(len(values)), f"{mean(values):.2f}" + (f" +- {stdev(values):.2f}" if len(values) > 1 else ""),
+                name, str(len(logs)), spread([log[-1]["test_accuracy"] for log in logs]),
                 (f"{mean(pairs):+.2f}" if pairs else "") + (f" +- {interval(pairs):.2f}" if len(pairs) > 1 else ""),
                 f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
                 *[f"{mean(log[-1]['full_crop_accuracy'] for log in logs):.2f}" for _ in range(full)],
                 f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{count:,}",
                 f"{published:.2f}" if published else ""])
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        text += title + "\n\n"
-        text += "".join("| " + " | ".join(map(str.ljust, line, widths)) + " |\n" for line in lines) + "\n"
+        text += as_table(title, ["method", "n", "last epoch %", f"minus {first}", "best epoch %",
+                                 *["full crop %"] * full, "seconds", "parameters", "paper %"], lines)
     return text + ("Test accuracy: mean +- standard deviation over n seeds. Difference: of pairs with the same seed, "
                    "+- half\nthe 95 % confidence interval. Best epoch: chosen by test accuracy. Seconds: of a run.\n")
+
+
+def mechanism(runs):
+    """(configuration, what report.json says of the run) of each -> text: for each setting a table, a row a method."""
+    settings, text = {}, ""
+    for config, found in runs:
+        settings.setdefault(setting(config)[0], {}).setdefault(label(config), []).append(found)
+    for title, rows in settings.items():
+        lines = []
+        for name, founds in in_order(rows).items():
+            layers = [[value for value in layer if value is not None]
+                      for layer in zip(*(found["correlation"] for found in founds))]
+            lines.append([name, str(len(founds)), *(spread([found[key] for found in founds], digits) for key, digits in
+                                                    dict(beta_variance=5, offset_variance=5, cosine=3).items()),
+                          " ".join(f"{mean(layer):+.2f}" if layer else "    -" for layer in layers)])
+        text += as_table(title, ["method", "n", "beta variance", "offset variance", "cosine",
+                                 "correlation in blocks 0, 1, ..., at the last norm"], lines)
+    return text + ("Of the last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);"
+                   " cosine of\nan image's mean token before and after it. Correlation: of LN(x), averaged over images,"
+                   " with the PE that\njoins it. Mean +- standard deviation over n runs.\n")
 
 
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
@@ -1259,17 +1291,27 @@ def sweep(
                                              "controls.", "--set", of="none"),
     seeds: int = flag("Sweep", "Seeds 0 to N - 1 of each row.", value=3, min=1),
     jobs: int = flag("Sweep", "Runs side by side; each one's output goes to RUNS/NAME.txt.", value=1, min=1),
-    from_: Path | None = flag("Sweep", "Only print the table of that folder's finished runs.", "--from", of="none"),
+    base: str | None = flag("Sweep", "The row that the others' differences are to.", of="the first"),
+    from_: Path | None = flag("Sweep", "Only print the table of that folder's finished runs; with what `report` has "
+                              "measured of them, if that is in its report/.", "--from", of="none"),
 ):
     """Train every row with every seed, or go on where a sweep was stopped; print a table, write it to RUNS/sweep.md.
 
     Takes the flags of `python train.py`, too, for all of its runs, but for those that name one run.
     """
     if from_:
-        if ctx.args or len(given_flags(ctx)) > 1:
-            fail("--from prints what is there: leave out the other flags")
-        runs = finished_runs(sorted(from_.glob("*/")))
-        typer.echo(results(runs, [*METHODS]) if runs else fail(f"{from_} holds no finished run"))
+        if ctx.args or {*given_flags(ctx)} - {"from-", "base"}:
+            fail("--from prints what is there: leave out the other flags, but for --base")
+        runs, measured = finished_runs(sorted(from_.glob("*/"))), from_ / "report" / "report.json"
+        if not runs:
+            fail(f"{from_} holds no finished run")
+        if base not in (None, *(label(config) for config, _ in runs.values())):
+            fail(f"{from_} holds no finished run of --base {base}")
+        typer.echo(results(runs.values(), base=base))
+        if measured.exists():
+            found = json.loads(measured.read_text())
+            typer.echo(mechanism((config, found[folder.name]) for folder, (config, _) in runs.items()
+                                 if folder.name in found))
         return
     if set_ and "methods" in given_flags(ctx):
         fail("--methods and --set both name rows: give one")
@@ -1290,6 +1332,9 @@ def sweep(
         config = configure(parse(*row).params)
         build(config)                                                # a row that cannot be ends the sweep at once
         planned[run_folder(parse().params, config)] = config, [sys.executable, __file__, *ctx.args, *row, "--resume"]
+    labels = [label(config) for config, _ in planned.values()]
+    if base not in (None, *labels):
+        fail(f"--base {base} is none of this sweep's rows: {', '.join(dict.fromkeys(labels))}")
     make_folder(runs, "--runs")
     env, waiting, running, broken = dict(os.environ), list(planned), {}, set()
     if jobs > 1:                                                     # threads of several runs would wait for each other
@@ -1313,10 +1358,9 @@ def sweep(
     if stopped:
         typer.echo(f"stopped by {stopped[0]}: the same command goes on from there")
         raise typer.Exit(128 + signal.Signals[stopped[0]])
-    done = {folder: run for folder in planned if folder not in broken for run in finished_runs([folder])}
-    labels = [label(config) for config, _ in planned.values()]
+    done = finished_runs(folder for folder in planned if folder not in broken)
     if done:
-        save(runs / "sweep.md", results(done.values(), labels, labels[0]))
+        save(runs / "sweep.md", results(done.values(), labels, base or labels[0]))
         typer.echo("\n" + (runs / "sweep.md").read_text())
     if failed := [folder.name for folder in planned if folder not in done]:
         fail(f"{len(failed)} of {len(planned)} runs failed and are not in the table: {', '.join(failed)}")
@@ -1470,14 +1514,7 @@ def report(
                | {key: found[key].tolist() for key in vectors} for name, (_, _, found) in runs.items()}
     make_folder(out, "--out")
     save(out / "report.json", json.dumps(summary) + "\n")
-    width = max(map(len, summary))
-    typer.echo("at the last norm: variance of beta and of the effective offset, cosine of the mean token before and\n"
-               "after; correlation of tokens and PE in blocks 0, 1, ... and at the last norm\n\n"
-               f"{'run':<{width}}  beta    offset    cosine  correlation")
-    for name, line in summary.items():
-        figures = "{beta_variance:.5f} {offset_variance:.5f}   {cosine:.3f} ".format(**line)
-        typer.echo(f"{name:<{width}}  {figures} "
-                   + " ".join("    -" if value is None else f"{value:+.2f}" for value in line["correlation"]))
+    typer.echo(mechanism((config, summary[name]) for name, (config, _, _) in runs.items()))
     try:
         draw(out, runs)
     except ImportError as error:
