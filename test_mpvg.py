@@ -1207,7 +1207,7 @@ def test_compiled_training_is_the_same(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--data", "imagenet", "--data-dir", "nowhere"], "--data-dir nowhere cannot be read as ImageNet"),
+    (["--data", "imagenet", "--data-dir", "nowhere"], "error: nowhere cannot be read as ImageNet"),
     (["--image-size", "64"], "numbers has images of 32x32: --image-size is for --data imagenet"),
     (["--accumulate", "3"], "--batch-size 128 is not a multiple of 3: processes (1) x --accumulate (3)"),
     (["--mixup", "1", "--batch-size", "21"], "is not a multiple of 2: processes (1) x --accumulate (1) x 2, as images"),
@@ -2669,7 +2669,7 @@ def test_every_flag_of_bench_has_its_effect(timing, monkeypatch):
     (["--model", ""], "unknown --model ''"),
     (["--peers", ""], "unknown --peers ''"),
     (["--tables", ""], "unknown --tables ''"),
-    (["--data", "nowhere"], "--data-dir nowhere cannot be read as ImageNet, train/CLASS/*.JPEG"),
+    (["--data", "nowhere"], "error: nowhere cannot be read as ImageNet, train/CLASS/*.JPEG"),
     (["--data", ".", "--methods", "mpvg"], "--methods is of no meaning with --data: leave it out"),
     (["--workers", "2"], "--workers is of no meaning without --data"),
     (["--data", ".", "--model", "vit-lite"], "--data is read at 224x224, and vit-lite takes 32x32: take a DeiT"),

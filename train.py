@@ -305,7 +305,7 @@ def class_names(root):
     if train != val:
         only = [", ".join([*one[:3], "..."][:len(one)]) or "none"
                 for one in (sorted({*train} - {*val}), sorted({*val} - {*train}))]
-        fail(f"--data-dir {root}: train/ and val/ have different classes (only in train/: {only[0]}; only in val/: "
+        fail(f"{root}: train/ and val/ have different classes (only in train/: {only[0]}; only in val/: "
              f"{only[1]}): sort val/'s images into folders of the same names")
     return train
 
@@ -320,7 +320,7 @@ def in_folder(function, root, split):
     try:
         return function(root / split)
     except OSError as error:
-        fail(f"--data-dir {root} cannot be read as ImageNet, train/CLASS/*.JPEG and val/CLASS/*.JPEG "
+        fail(f"{root} cannot be read as ImageNet, train/CLASS/*.JPEG and val/CLASS/*.JPEG "
              f"({str(error).splitlines()[0]}): give the folder that holds both")
 
 
