@@ -1264,10 +1264,10 @@ def results(runs, order=tuple(METHODS), base=None):
 
 
 def mechanism(runs):
-    """(configuration, what report.json says of the run) of each -> text: for each setting a table, a row a method."""
+    """(row's name, configuration, what report.json says of a run) of each -> text: for each setting a table."""
     settings, text = {}, ""
-    for config, found in runs:
-        settings.setdefault(setting(config)[0], {}).setdefault(label(config), []).append(found)
+    for name, config, found in runs:
+        settings.setdefault(setting(config)[0], {}).setdefault(name, []).append(found)
     for title, rows in settings.items():
         lines = []
         for name, founds in in_order(rows).items():
@@ -1309,9 +1309,12 @@ def sweep(
             fail(f"{from_} holds no finished run of --base {base}")
         typer.echo(results(runs.values(), base=base))
         if measured.exists():
-            found = json.loads(measured.read_text())
-            typer.echo(mechanism((config, found[folder.name]) for folder, (config, _) in runs.items()
-                                 if folder.name in found))
+            try:
+                found = json.loads(measured.read_text())
+                typer.echo(mechanism((label(config), config, found[folder.name]) for folder, (config, _) in runs.items()
+                                     if folder.name in found))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                fail(f"{measured} is not what this train.py's report writes ({error!r}): make it anew")
         return
     if set_ and "methods" in given_flags(ctx):
         fail("--methods and --set both name rows: give one")
@@ -1495,7 +1498,7 @@ def report(
 
     The figures need matplotlib; the numbers, in OUT/report.json, do not.
     """
-    device, runs, tests = usable_device(device), {}, {}
+    device, runs, rows, tests = usable_device(device), {}, {}, {}
     for path in run:
         model, saved = load_run(path, device)
         data, whole = saved["config"]["data"], path.resolve()
@@ -1508,13 +1511,14 @@ def report(
             tests[key] = torch.cat([x[y >= 0, 0] for x, y in itertools.islice(test, -(-images // 100))])[:images]
         found = measure(model, (normalise(x.to(device), data) for x in tests[key].split(100)))
         runs[name] = saved["config"], saved["log"], found
+        rows[name] = label(saved["config"]) if path.is_dir() else name
     vectors = "beta", "gamma", "offset"
     summary = {name: {key: found[key] for key in ("correlation", "cosine")}
                | {f"{key}_variance": found[key].var().item() for key in vectors}
                | {key: found[key].tolist() for key in vectors} for name, (_, _, found) in runs.items()}
     make_folder(out, "--out")
     save(out / "report.json", json.dumps(summary) + "\n")
-    typer.echo(mechanism((config, summary[name]) for name, (config, _, _) in runs.items()))
+    typer.echo(mechanism((rows[name], config, summary[name]) for name, (config, _, _) in runs.items()))
     try:
         draw(out, runs)
     except ImportError as error:
