@@ -1430,7 +1430,7 @@ def measure(model, batches):
         hook.remove()
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
     per_block, last = model.delivered_pe()
-    pe = [None if e is None else e.expand(1, *tokens.shape[1:])[0].cpu() for e in (*per_block, last)]
+    pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu() for e in (*per_block, last)]
     correlation = [None if e is None or e.min() == e.max() else  # nothing varies, nothing correlates
                    torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item() for t, e in zip(tokens, pe)]
     beta, gamma = model.norm.bias.detach().cpu(), model.norm.weight.detach().cpu()
