@@ -1687,6 +1687,9 @@ def test_a_folders_table_is_joined_by_what_report_has_measured(tmp_path):
                            ["mpvg", "2", "0.15000 +- 0.07071", "0.30000 +- 0.14142", "0.450 +- 0.212",
                             "- -0.60 +0.30"]]
     assert rows[3][2:] == [["mpvg", "1", "0.40000", "0.80000", "1.200", "- +0.00 +0.00"]]
+    for wrong in ("{", '["a"]', '{"a": {}}', '{"a": {"correlation": null}}'):
+        (tmp_path / "report" / "report.json").write_text(wrong)
+        one_line(sweep("--from", tmp_path), "report.json is not what this train.py's report writes")
 
 
 def test_the_table_of_imagenet_shows_both_crops_and_the_papers_figures(tmp_path):
@@ -1803,6 +1806,7 @@ def test_measure_is_what_it_says(method):
     torch.testing.assert_close(found["offset"], offset)
     assert torch.equal(found["beta"], p["norm.bias"]) and torch.equal(found["gamma"], p["norm.weight"])
     assert not model.norm._forward_hooks
+    assert not any(t.requires_grad for t in [*found["tokens"], *(e for e in found["pe"] if e is not None)])
 
 
 def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
@@ -1823,6 +1827,10 @@ def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
     assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
     assert found["offset"] == pytest.approx(expected["offset"].tolist(), abs=1e-5) and len(found["beta"]) == 128
     assert found["beta_variance"] == pytest.approx(np.var(found["beta"], ddof=1))
+    both = [f"{folders[1]}/{name}" for name in ("last.pt", "best.pt")]         # not two seeds: a line each
+    output = CliRunner().invoke(train.app, ["report", *both, "--out", str(tmp_path / "two"), "--images", "10"]).output
+    assert [row[:2] for row in rows_of(output)[2:]] == [[f"mpvg-vit-nano-numbers-seed0-{name}", "1"]
+                                                        for name in ("best", "last")]
     monkeypatch.undo()
     one_line(CliRunner().invoke(train.app, ["report", folders[0], folders[0]]), "two runs are called default-")
     one_line(CliRunner().invoke(train.app, ["report", str(tmp_path)]), "last.pt")
@@ -1830,7 +1838,7 @@ def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
 
 def test_the_figures(command, tmp_path):
     pytest.importorskip("matplotlib")
-    assert command("--epochs", 2).exit_code == 0
+    assert command("--epochs", 2, "--method", "mpvg-shift").exit_code == 0
     folder, _ = run_folder(tmp_path)
     result = CliRunner().invoke(train.app, ["report", str(folder), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0 and "numbers and figures in" in result.output, result.output
@@ -2808,10 +2816,81 @@ def test_the_usual_pipeline_reads_what_ours_reads(folder):
     assert all(x.shape == (2, 3, 224, 224) and x.dtype == torch.float32 and x.min() < 0 for x, _ in batches)
 
 
+def readme_section(title):
+    return (Path(__file__).parent / "README.md").read_text().partition(f"## {title}")[2].partition("\n## ")[0]
+
+
+def rows_of(text, start=""):
+    """-> cells of each line of the tables in a text."""
+    return [[" ".join(cell.split()).strip("*") for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith(f"| {start}")]
+
+
+def printed(folder, *flags):
+    """-> what `train.py sweep --from` says of a folder of results/."""
+    result = sweep("--from", Path(__file__).parent / "results" / folder, *flags)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_readmes_figures_of_cifar100_are_what_one_command_prints():
+    def tables(output, columns):
+        found = re.findall(r"^(vit-\w+), cifar100, .*\n\n((?:\|.*\n)+)", output, re.M)
+        return {model: {row[0]: row for row in rows_of(rows)[2:]} for model, rows in found
+                if len(rows_of(rows)[0]) == columns}
+
+    section, output, paper = readme_section("What came of it"), printed("cifar100"), train.PAPER["vit-lite", "cifar100"]
+    accuracy, measured = tables(output, 8), tables(output, 6)
+    assert {*accuracy} <= {"vit-lite", "vit-nano"} and len(accuracy["vit-nano"]) == 6
+    shown = {row[0]: row[1:] for row in rows_of(section) if len(row) == 7 and row[0] in METHODS}
+    assert shown == {name: [f"{paper[name]:.2f}" if name in paper else "",
+                            accuracy.get("vit-lite", {}).get(name, ["not measured yet"] * 3)[2], row[2], row[3], row[1],
+                            row[5]] for name, row in accuracy["vit-nano"].items()}
+
+    outputs, claims = [output], re.findall(r"^\| `(\S+)` - `(\S+)`[^|]*\|(.*)\|(.*)\|(.*)\|", section, re.M)
+    for name, base, published, *found in claims:
+        theirs = paper if {name, base} <= {*paper} else train.PAPER["deit-tiny", "imagenet"]
+        assert published.split()[0] == f"{theirs[name] - theirs[base]:+.2f}"
+        outputs += [printed("cifar100", "--base", base)] if base in accuracy["vit-nano"] else []
+        for model, said in zip(("vit-lite", "vit-nano"), found):
+            rows = accuracy.get(model, {})
+            if not {name, base} <= {*rows}:
+                assert said.strip() == "not measured yet"
+                continue
+            difference = tables(outputs[-1], 8)[model][name][3]
+            middle, half = map(float, difference.split(" +- "))
+            agrees = (middle > 0) == (theirs[name] > theirs[base])
+            marks = ("not reproduced", "reproduced") if model == "vit-lite" else ("the opposite", "seen")
+            assert said.strip() == f"{difference}: {'undecided' if abs(middle) <= half else marks[agrees]}"
+    assert len(claims) >= 6
+    rows = {row[0]: row for row in rows_of(section) if len(row) == 6 and row[0] in METHODS}
+    assert rows == measured["vit-nano"]
+
+    number = r"(?<![\d.])\d+\.\d+(?![\d.])"                                    # no other figure, in words neither
+    known = {*"0.2387 0.0193 0.2995 0.4597 0.37 0.95".split()}                  # the paper's appendix and Figure 4
+    for table in train.PAPER.values():
+        known |= {f"{abs(a - b):.2f}" for a, b in itertools.product([0, *table.values()], repeat=2)}
+    assert {*re.findall(number, section)} - known <= {*re.findall(number, "".join(outputs))}
+
+
+def test_the_readmes_other_figures_of_training_are_those_of_the_logs():
+    section, rows = readme_section("Run it"), rows_of(printed("numbers"))
+    assert all(row in rows for row in rows_of(section)) and len(rows_of(section)) == 7
+    root, recipe = Path(__file__).parent / "results", readme_section("Run the paper's CIFAR-100 table")
+    log, = (log_of(folder) for folder in (root / "vit-lite-300-steps").iterdir())
+    assert "falls from {} over {} to {},".format(*(f"{line['loss']:.3f}" for line in log)) in " ".join(recipe.split())
+    assert "from {} over {} to {} %".format(*(f"{line['test_accuracy']:.2f}" for line in log)) in " ".join(
+        recipe.split())
+    log, = (log_of(folder) for folder in (root / "digits").iterdir())
+    files = " ".join(readme_section("Run the paper's ImageNet table").split())
+    assert "{test_accuracy:.2f} % of its 400 test images in {seconds:.0f} seconds".format(**log[-1]) in files
+    assert "at a full crop {full_crop_accuracy:.2f} %".format(**log[-1]) in files
+
+
 def test_the_readmes_table_of_speed_is_the_measured_one():
     root = Path(__file__).parent
     tables = json.loads((root / "results/bench/deit-tiny-cpu.json").read_text())["tables"]
-    section = (root / "README.md").read_text().partition("## How fast is it?")[2].partition("\n## ")[0]
+    section = readme_section("How fast is it?")
     shown = {cells[0].strip(" *"): [cell.strip() for cell in cells[1:]]
              for cells in (line.strip("|").split("|") for line in section.splitlines() if line.startswith("| "))}
     shown.pop("")                                                               # the head
@@ -2827,7 +2906,7 @@ def test_the_readmes_table_of_speed_is_the_measured_one():
 def test_the_readmes_table_of_reading_files_is_the_measured_one():
     root = Path(__file__).parent
     table = json.loads((root / "results/bench/files-cpu.json").read_text())["tables"]["data"]
-    section = (root / "README.md").read_text().partition("## Run the paper's ImageNet table")[2].partition("\n## ")[0]
+    section = readme_section("Run the paper's ImageNet table")
     for row in table["rows"]:
         line, = re.findall(rf"^\| {row['name']}\b.*$", section, re.M)
         assert line.endswith(f" | {row['images_per_second'][0]:.1f} | {row['speed_to_usual'][0]:.2f} |")

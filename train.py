@@ -1441,7 +1441,7 @@ def measure(model, batches):
 def draw(out, runs):
     """Writes the figures; runs: name -> (configuration, log, what measure() found)."""
     from matplotlib.figure import Figure
-    kinds = [*dict.fromkeys(label(config) for config, _, _ in runs.values())]
+    kinds = [*in_order(dict.fromkeys(label(config) for config, _, _ in runs.values()))]
 
     def curve(key):
         return lambda log, found: ([line["epoch"] for line in log], [line[key] for line in log])
@@ -1468,6 +1468,7 @@ def draw(out, runs):
             ax.set(title=title, xlabel=across, ylabel=up)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(alpha=0.3)
+        drawn = in_order(drawn)
         figure.legend(drawn.values(), drawn, loc="outside right upper")
         figure.savefig(out / file, dpi=100)
     for name, (_, _, found) in runs.items():                         # Figures 2 and 8: (N, D), each in its own scale
