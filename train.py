@@ -1203,7 +1203,8 @@ def finished_runs(folders):
                 config = json.loads((folder / "config.json").read_text())
                 log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
                 setting(config)                                      # knows what a configuration holds
-                found |= {folder: (config, log)} if log and log[-1]["epoch"] == config["epochs"] else {}
+                if log and log[-1]["epoch"] == config["epochs"]:
+                    found[folder] = config, log
             except (OSError, ValueError, KeyError, TypeError) as error:
                 fail(f"{folder} is no run of this train.py ({error!r}): move it elsewhere")
     return found
@@ -1264,23 +1265,25 @@ def results(runs, order=tuple(METHODS), base=None):
 
 
 def mechanism(runs):
-    """(row's name, configuration, what report.json says of a run) of each -> text: for each setting a table."""
+    """(row's name, configuration, what report.json says of a run) of each -> text: for each setting two tables."""
     settings, text = {}, ""
     for name, config, found in runs:
         settings.setdefault(setting(config)[0], {}).setdefault(name, []).append(found)
     for title, rows in settings.items():
-        lines = []
+        norm, layers = [], []
         for name, founds in in_order(rows).items():
-            layers = [[value for value in layer if value is not None]
-                      for layer in zip(*(found["correlation"] for found in founds))]
-            lines.append([name, str(len(founds)), *(spread([found[key] for found in founds], digits) for key, digits in
-                                                    dict(beta_variance=5, offset_variance=5, cosine=3).items()),
-                          " ".join(f"{mean(layer):+.2f}" if layer else "    -" for layer in layers)])
-        text += as_table(title, ["method", "n", "beta variance", "offset variance", "cosine",
-                                 "correlation in blocks 0, 1, ..., at the last norm"], lines)
+            norm.append([name, str(len(founds)), *(spread([found[key] for found in founds], digits) for key, digits in
+                                                   dict(beta_variance=5, offset_variance=5, cosine=3).items())])
+            layers.append([name])
+            for layer in zip(*(found["correlation"] for found in founds)):
+                values = [value for value in layer if value is not None]
+                layers[-1].append(f"{mean(values):+.2f}" if values else "")
+        text += as_table(f"{title}: last norm", ["method", "n", "beta variance", "offset variance", "cosine"], norm)
+        text += as_table(f"{title}: correlation in blocks",
+                         ["method", *map(str, range(len(layers[0]) - 2)), "last norm"], layers)
     return text + ("Of the last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);"
-                   " cosine of\nan image's mean token before and after it. Correlation: of LN(x), averaged over images,"
-                   " with the PE that\njoins it. Mean +- standard deviation over n runs.\n")
+                   " cosine of\nan image's mean token before and after it: mean +- standard deviation over n runs."
+                   " Correlation: of LN(x),\naveraged over images, with the PE that joins it, mean over the runs.\n")
 
 
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
@@ -1305,16 +1308,21 @@ def sweep(
         runs, measured = finished_runs(sorted(from_.glob("*/"))), from_ / "report" / "report.json"
         if not runs:
             fail(f"{from_} holds no finished run")
-        if base not in (None, *(label(config) for config, _ in runs.values())):
-            fail(f"{from_} holds no finished run of --base {base}")
-        typer.echo(results(runs.values(), base=base))
+        if base not in (None, *(rows := dict.fromkeys(label(config) for config, _ in runs.values()))):
+            fail(f"{from_} holds no finished run of --base {base}, but of {', '.join(rows)}")
+        text = results(runs.values(), base=base)
         if measured.exists():
             try:
                 found = json.loads(measured.read_text())
-                typer.echo(mechanism((label(config), config, found[folder.name]) for folder, (config, _) in runs.items()
-                                     if folder.name in found))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                known = {folder: run for folder, run in runs.items() if folder.name in found
+                         and found[folder.name]["test_accuracy"] == run[1][-1]["test_accuracy"]}
+                text += "\n" + mechanism((label(config), config, found[folder.name])
+                                         for folder, (config, _) in known.items()) if known else ""
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 fail(f"{measured} is not what this train.py's report writes ({error!r}): make it anew")
+            if missing := ", ".join(folder.name for folder in runs if folder not in known):
+                text += f"\n{measured} is not of these runs as they are now: {missing}\n"
+        typer.echo(text)
         return
     if set_ and "methods" in given_flags(ctx):
         fail("--methods and --set both name rows: give one")
@@ -1504,22 +1512,25 @@ def report(
         model, saved = load_run(path, device)
         data, whole = saved["config"]["data"], path.resolve()
         name = whole.name if path.is_dir() else f"{whole.parent.name}-{whole.stem}"
-        if name in runs:
-            fail(f"two runs are called {name}: report them apart")
+        row = label(saved["config"]) if path.is_dir() else name
+        seed = setting(saved["config"])[0], row, saved["config"]["seed"]
+        if name in runs or seed in rows.values():
+            fail(f"two runs are called {name}, or are {row} with the same flags and seed: report them apart")
         key = data, saved["config"].get("image_size")
         if key not in tests:
             test = load_data(saved["config"], data_dir, device, splits=["test"])["test"].test_batches(100)
             tests[key] = torch.cat([x[y >= 0, 0] for x, y in itertools.islice(test, -(-images // 100))])[:images]
         found = measure(model, (normalise(x.to(device), data) for x in tests[key].split(100)))
-        runs[name] = saved["config"], saved["log"], found
-        rows[name] = label(saved["config"]) if path.is_dir() else name
+        runs[name], rows[name] = (saved["config"], saved["log"], found), seed
     vectors = "beta", "gamma", "offset"
-    summary = {name: {key: found[key] for key in ("correlation", "cosine")}
+    summary = {name: dict(test_accuracy=log[-1]["test_accuracy"] if log else None)
+               | {key: found[key] for key in ("correlation", "cosine")}
                | {f"{key}_variance": found[key].var().item() for key in vectors}
-               | {key: found[key].tolist() for key in vectors} for name, (_, _, found) in runs.items()}
+               | {key: found[key].tolist() for key in vectors}
+               for name, (_, log, found) in runs.items()}
     make_folder(out, "--out")
     save(out / "report.json", json.dumps(summary) + "\n")
-    typer.echo(mechanism((rows[name], config, summary[name]) for name, (config, _, _) in runs.items()))
+    typer.echo(mechanism((rows[name][1], config, summary[name]) for name, (config, _, _) in runs.items()))
     try:
         draw(out, runs)
     except ImportError as error:
