@@ -1544,6 +1544,19 @@ def test_a_subcommand_takes_its_flags_after_its_name(small, tmp_path):
         assert CliRunner().invoke(train.app, [name, "--help"]).exit_code == 0
 
 
+def rows_of(text):
+    """-> cells of each line of the tables in a text."""
+    return [[" ".join(cell.split()).strip("*") for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith("| ")]
+
+
+def tables(output):
+    """-> title: {a row's name: its other cells} of what train.py prints."""
+    found = re.findall(r"^(\w.*)\n\n((?:\|.*\n)+)", output, re.M)
+    assert len(dict(found)) == len(found)
+    return {title: {row[0]: row[1:] for row in rows_of(rows)[2:]} for title, rows in found}
+
+
 def sweep(*flags):
     return CliRunner().invoke(train.app, ["sweep", *map(str, flags)])
 
@@ -1652,7 +1665,7 @@ def test_the_table_of_finished_runs(tmp_path):
     result_to = sweep("--from", tmp_path, "--base", "mpvg")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result_to.output.splitlines() if "|" in line]
     assert [rows[0][3], *(row[3] for row in rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "", "", "-13.00"]
-    one_line(sweep("--from", tmp_path, "--base", "pgv"), "holds no finished run of --base pgv")
+    one_line(sweep("--from", tmp_path, "--base", "pgv"), "no finished run of --base pgv, but of default, mpvg, lape,")
     write_run(tmp_path / "again", [50.0, 60.0], overrides={"layer0": True})
     one_line(sweep("--from", tmp_path), "two runs of mpvg-layer0=True have seed 0 and the same flags")
     (tmp_path / "again" / "config.json").write_text('{"data": "cifar100", "epochs": 310}')
@@ -1662,34 +1675,38 @@ def test_the_table_of_finished_runs(tmp_path):
 
 
 def test_a_folders_table_is_joined_by_what_report_has_measured(tmp_path):
-    """Averaged over the runs of a row, apart for each setting; not of runs that are not there."""
+    """Averaged over the runs of a row, apart for each setting; only of the runs that are there, as they are."""
     measured = {}
     for name, config, beta, correlation in (
             ("a", dict(method="mpvg", seed=0), 0.1, [None, -0.5, 0.25]), ("c", dict(method="default"), 0.3, [None] * 3),
-            ("b", dict(method="mpvg", seed=1), 0.2, [None, -0.7, 0.35]), ("d", dict(epochs=15), 0.4, [None, 0, 0]),
-            ("e", dict(method="lape"), 0.5, [0.0] * 3), ("f", dict(method="pvg"), None, None)):
-        if name != "e":
+            ("b", dict(method="mpvg", seed=1), 0.2, [None, -0.7, 0.35]), ("d", dict(epochs=15), 0.4, [None, 0, None]),
+            ("gone", dict(method="lape"), 0.5, [0.0] * 3), ("new", dict(method="pvg"), None, None),
+            ("again", dict(method="lape"), 0.6, [0.0] * 3)):
+        if name != "gone":
             write_run(tmp_path / name, [50.0], **config)
-        if name != "f":
+        if name != "new":
             measured[name] = dict(beta_variance=beta, offset_variance=2 * beta, cosine=3 * beta,
-                                  correlation=correlation)
+                                  correlation=correlation, test_accuracy=49.0 if name == "again" else 50.0)
     (tmp_path / "report").mkdir()
     assert "correlation" not in sweep("--from", tmp_path).output
     (tmp_path / "report" / "report.json").write_text(json.dumps(measured))
     output = sweep("--from", tmp_path).output
-    titles, (_, *tables) = re.findall("^vit-lite.*", output, re.M), re.split("^vit-lite.*", output, flags=re.M)
-    assert titles == ["vit-lite, cifar100, 310 epochs, fp32", "vit-lite, cifar100, 15 epochs, fp32"] * 2
-    rows = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
-            for table in tables]
-    assert [[row[0] for row in table] for table in rows[:2]] == [
-        ["method", "------", "default", "pvg", "mpvg"], ["method", "------", "mpvg"]]
-    assert rows[2][2:] == [["default", "1", "0.30000", "0.60000", "0.900", "-     -     -"],
-                           ["mpvg", "2", "0.15000 +- 0.07071", "0.30000 +- 0.14142", "0.450 +- 0.212",
-                            "- -0.60 +0.30"]]
-    assert rows[3][2:] == [["mpvg", "1", "0.40000", "0.80000", "1.200", "- +0.00 +0.00"]]
-    for wrong in ("{", '["a"]', '{"a": {}}', '{"a": {"correlation": null}}'):
+    assert output.splitlines()[-2].endswith("report.json is not of these runs as they are now: again, new")
+    shown = tables(output)
+    long, short = "vit-lite, cifar100, 310 epochs, fp32", "vit-lite, cifar100, 15 epochs, fp32"
+    assert [*shown[long]] == ["default", "lape", "pvg", "mpvg"] and [*shown[short]] == ["mpvg"]
+    assert shown[f"{long}: last norm"] == {
+        "default": ["1", "0.30000", "0.60000", "0.900"],
+        "mpvg": ["2", "0.15000 +- 0.07071", "0.30000 +- 0.14142", "0.450 +- 0.212"]}
+    assert shown[f"{long}: correlation in blocks"] == {"default": [""] * 3, "mpvg": ["", "-0.60", "+0.30"]}
+    assert shown[f"{short}: last norm"] == {"mpvg": ["1", "0.40000", "0.80000", "1.200"]}
+    assert shown[f"{short}: correlation in blocks"] == {"mpvg": ["", "+0.00", ""]}
+    assert "| method | 0 | 1 " in output
+    for wrong in ("{", "5", '["a"]', '{"a": {}}', '{"a": {"test_accuracy": 50.0, "correlation": null}}'):
         (tmp_path / "report" / "report.json").write_text(wrong)
         one_line(sweep("--from", tmp_path), "report.json is not what this train.py's report writes")
+    (tmp_path / "report" / "report.json").write_text("{}")
+    assert "as they are now: a, again, b, c, d, new" in sweep("--from", tmp_path).output
 
 
 def test_the_table_of_imagenet_shows_both_crops_and_the_papers_figures(tmp_path):
@@ -1820,8 +1837,10 @@ def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
     numbers = json.loads((tmp_path / "bare" / "report.json").read_text())
     assert [*numbers] == ["default-vit-nano-numbers-seed0", "mpvg-vit-nano-numbers-seed0"]
     found = numbers["mpvg-vit-nano-numbers-seed0"]
-    mine, = re.findall(r"^\| mpvg .*", result.output, re.M)
-    assert mine.split()[3:8:2] == ["1", f"{found['beta_variance']:.5f}", f"{found['offset_variance']:.5f}"]
+    norm, _ = tables(result.output).values()
+    assert norm["mpvg"] == ["1"] + [f"{found[key]:.{digits}f}" for key, digits in (
+        ("beta_variance", 5), ("offset_variance", 5), ("cosine", 3))]
+    assert found["test_accuracy"] == log_of(Path(folders[1]))[-1]["test_accuracy"]
     model = load_weights(create("vit-nano", "mpvg"), Path(folders[1]) / "last.pt").eval()
     expected = train.measure(model, [train.normalise(make_numbers(40, 2)[0][:10], "numbers")])
     assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
@@ -1829,10 +1848,13 @@ def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
     assert found["beta_variance"] == pytest.approx(np.var(found["beta"], ddof=1))
     both = [f"{folders[1]}/{name}" for name in ("last.pt", "best.pt")]         # not two seeds: a line each
     output = CliRunner().invoke(train.app, ["report", *both, "--out", str(tmp_path / "two"), "--images", "10"]).output
-    assert [row[:2] for row in rows_of(output)[2:]] == [[f"mpvg-vit-nano-numbers-seed0-{name}", "1"]
-                                                        for name in ("best", "last")]
+    norm, _ = tables(output).values()
+    assert [*norm] == [f"mpvg-vit-nano-numbers-seed0-{name}" for name in ("best", "last")]
     monkeypatch.undo()
     one_line(CliRunner().invoke(train.app, ["report", folders[0], folders[0]]), "two runs are called default-")
+    subprocess.run(["cp", "-r", folders[0], tmp_path / "copy"], check=True)     # nor is this another seed
+    one_line(CliRunner().invoke(train.app, ["report", folders[0], str(tmp_path / "copy")]),
+             "or are default with the same flags and seed: report them apart")
     one_line(CliRunner().invoke(train.app, ["report", str(tmp_path)]), "last.pt")
 
 
@@ -2820,12 +2842,6 @@ def readme_section(title):
     return (Path(__file__).parent / "README.md").read_text().partition(f"## {title}")[2].partition("\n## ")[0]
 
 
-def rows_of(text, start=""):
-    """-> cells of each line of the tables in a text."""
-    return [[" ".join(cell.split()).strip("*") for cell in line.strip("|").split("|")]
-            for line in text.splitlines() if line.startswith(f"| {start}")]
-
-
 def printed(folder, *flags):
     """-> what `train.py sweep --from` says of a folder of results/."""
     result = sweep("--from", Path(__file__).parent / "results" / folder, *flags)
@@ -2834,43 +2850,57 @@ def printed(folder, *flags):
 
 
 def test_the_readmes_figures_of_cifar100_are_what_one_command_prints():
-    def tables(output, columns):
-        found = re.findall(r"^(vit-\w+), cifar100, .*\n\n((?:\|.*\n)+)", output, re.M)
-        return {model: {row[0]: row for row in rows_of(rows)[2:]} for model, rows in found
-                if len(rows_of(rows)[0]) == columns}
+    settings = {"vit-lite": "vit-lite, cifar100, 310 epochs, bf16", "vit-nano":
+                "vit-nano, cifar100, 15 epochs, fp32, warmup_epochs 1.5, cooldown_epochs 1, lr_per step"}
+    section = readme_section("What came of it") + readme_section("What the trained models show")
+    paper = train.PAPER["vit-lite", "cifar100"]
+    outputs = {None: printed("cifar100")}
+    lite, nano = (tables(outputs[None]).get(title, {}) for title in settings.values())
+    shown = {row[0]: row[1:] for row in rows_of(section) if len(row) == 7}
+    assert len(nano) >= 6
+    for name, row in nano.items():
+        here = lite[name][1] if name in lite else "not measured yet"
+        assert shown[name] == [f"{paper[name]:.2f}" if name in paper else "", here, row[1], row[2], row[0], row[4]]
+    for table in ("last norm", "correlation in blocks"):
+        for name, row in tables(outputs[None])[f"{settings['vit-nano']}: {table}"].items():
+            assert f"| {' | '.join([name, *row])} |".replace("|  |", "| |").replace("|  |", "| |") in section
 
-    section, output, paper = readme_section("What came of it"), printed("cifar100"), train.PAPER["vit-lite", "cifar100"]
-    accuracy, measured = tables(output, 8), tables(output, 6)
-    assert {*accuracy} <= {"vit-lite", "vit-nano"} and len(accuracy["vit-nano"]) == 6
-    shown = {row[0]: row[1:] for row in rows_of(section) if len(row) == 7 and row[0] in METHODS}
-    assert shown == {name: [f"{paper[name]:.2f}" if name in paper else "",
-                            accuracy.get("vit-lite", {}).get(name, ["not measured yet"] * 3)[2], row[2], row[3], row[1],
-                            row[5]] for name, row in accuracy["vit-nano"].items()}
-
-    outputs, claims = [output], re.findall(r"^\| `(\S+)` - `(\S+)`[^|]*\|(.*)\|(.*)\|(.*)\|", section, re.M)
+    known = {f"{value:.2f}" for value in paper.values()}
+    known |= {*"0.2387 0.0193 0.2995 0.4597 0.37 0.95".split()}               # its appendix and Figure 4
+    claims = re.findall(r"^\| `(\S+)` - `(\S+)`[^|]*\|(.*)\|(.*)\|(.*)\|", section, re.M)
     for name, base, published, *found in claims:
         theirs = paper if {name, base} <= {*paper} else train.PAPER["deit-tiny", "imagenet"]
-        assert published.split()[0] == f"{theirs[name] - theirs[base]:+.2f}"
-        outputs += [printed("cifar100", "--base", base)] if base in accuracy["vit-nano"] else []
-        for model, said in zip(("vit-lite", "vit-nano"), found):
-            rows = accuracy.get(model, {})
-            if not {name, base} <= {*rows}:
+        assert published.strip() == f"{theirs[name] - theirs[base]:+.2f}"
+        known.add(published.strip(" +-"))
+        for (model, title), said in zip(settings.items(), found):
+            if not {name, base} <= {*tables(outputs[None]).get(title, {})}:
                 assert said.strip() == "not measured yet"
                 continue
-            difference = tables(outputs[-1], 8)[model][name][3]
+            outputs[base] = outputs.get(base) or printed("cifar100", "--base", base)
+            difference = tables(outputs[base])[title][name][2]
             middle, half = map(float, difference.split(" +- "))
             agrees = (middle > 0) == (theirs[name] > theirs[base])
             marks = ("not reproduced", "reproduced") if model == "vit-lite" else ("the opposite", "seen")
             assert said.strip() == f"{difference}: {'undecided' if abs(middle) <= half else marks[agrees]}"
     assert len(claims) >= 6
-    rows = {row[0]: row for row in rows_of(section) if len(row) == 6 and row[0] in METHODS}
-    assert rows == measured["vit-nano"]
-
-    number = r"(?<![\d.])\d+\.\d+(?![\d.])"                                    # no other figure, in words neither
-    known = {*"0.2387 0.0193 0.2995 0.4597 0.37 0.95".split()}                  # the paper's appendix and Figure 4
-    for table in train.PAPER.values():
-        known |= {f"{abs(a - b):.2f}" for a, b in itertools.product([0, *table.values()], repeat=2)}
-    assert {*re.findall(number, section)} - known <= {*re.findall(number, "".join(outputs))}
+    in_words = re.findall(r"`(\S+)` - `(\S+)` (?:is )?\(?([+-]\S+ \+- \d+\.\d+)", " ".join(section.split()))
+    for name, base, difference in in_words:
+        outputs[base] = outputs.get(base) or printed("cifar100", "--base", base)
+        assert difference == tables(outputs[base])[settings["vit-nano"]][name][2]
+        known |= {*re.findall(r"\d+\.\d+", difference)}
+    assert len(in_words) == 4
+    figures = re.findall(r"(?<![\d.])\d+\.\d+(?!\d|\.\d)", section)            # no other figure, in words neither
+    assert {*figures} - known <= {*re.findall(r"\d+\.\d+", outputs[None] + outputs["lape"] + outputs["pvg"])}
+    root = Path(__file__).parent / "results" / "cifar100"
+    for name, found in json.loads((root / "report" / "report.json").read_text()).items():  # what is said in words
+        correlation = found["correlation"][1:4]
+        assert correlation == [None] * 3 or correlation[2] < correlation[0] < 0
+        if name.startswith("mpvg-shift"):                                       # two equal parts
+            assert found["offset_variance"] == pytest.approx(4 * found["beta_variance"], rel=1e-3)
+    for folder in root.glob("*vit-nano*/"):
+        here = json.loads((folder / "config.json").read_text())["environment"]
+        assert f"torch {here['torch'].partition('+')[0]}," in section and f"revision {here['git']}" in section
+        assert here["device"] == "cpu" and here["threads"] == 1
 
 
 def test_the_readmes_other_figures_of_training_are_those_of_the_logs():
