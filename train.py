@@ -1307,7 +1307,7 @@ def sweep(
             fail("--from prints what is there: leave out the other flags, but for --base")
         runs, measured = finished_runs(sorted(from_.glob("*/"))), from_ / "report" / "report.json"
         if not runs:
-            fail(f"{from_} holds no finished run")
+            fail(f"{from_} holds no finished run (folders with a config.json and a whole log.jsonl)")
         if base not in (None, *(rows := dict.fromkeys(label(config) for config, _ in runs.values()))):
             fail(f"{from_} holds no finished run of --base {base}, but of {', '.join(rows)}")
         text = results(runs.values(), base=base)
@@ -1365,6 +1365,8 @@ def sweep(
                     del running[folder]
                     broken |= {folder} if process.returncode else set()
                     bar.update(not process.returncode)
+                    if jobs > 1 and not stopped:
+                        bar.write(f"{'failed, see' if folder in broken else 'finished'} {folder}.txt")
             time.sleep(0.2)
     if stopped:
         typer.echo(f"stopped by {stopped[0]}: the same command goes on from there")
