@@ -516,6 +516,8 @@ def bench(
         c |= dict(attn_drop=0.0, drop_path=0.0)
     dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
     batch = batch or (128 if c["image_size"] == 32 else 16 if device.type == "cpu" else 256)
+    if data and batch % 2:
+        fail(f"--batch {batch} is odd: --data mixes images in pairs")
     s = SimpleNamespace(device=device, batch=batch, mode=mode, freeze=freeze,
                         rounds=rounds or (3 if quick else 5 if data else 20),
                         workers=default_workers(device) if workers is None else workers,

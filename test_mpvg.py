@@ -1128,18 +1128,32 @@ def test_a_run_is_the_plain_loop(command, tmp_path, data, seed):
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=2e-4)
 
 
-def test_default_data_depends_on_the_accelerator(monkeypatch, tmp_path, small):
-    monkeypatch.setattr(train, "accelerator", lambda: None)
-    result = CliRunner().invoke(train.app, ["--epochs", "1", "--runs", str(tmp_path)])
-    assert result.output.startswith("data      numbers (no accelerator found") and result.exit_code == 0
+def test_default_data_depends_on_the_device(monkeypatch, tmp_path, small):
+    for accelerator, flags in ((lambda: None, []), (lambda: "cuda", ["--device", "cpu"])):
+        monkeypatch.setattr(train, "accelerator", accelerator)
+        result = CliRunner().invoke(train.app, ["--epochs", "1", "--runs", str(tmp_path / str(len(flags))), *flags])
+        assert result.output.startswith("data      numbers (as --data is not given)") and result.exit_code == 0
+    monkeypatch.setattr(train, "usable_device", torch.device)
+    flags = dict.fromkeys(inspect.signature(train.train).parameters) | dict(seed=0, fraction=1.0, accumulate=1)
+    assert [train.configure(flags | dict(device=device))["data"] for device in ("cpu", "cuda", "mps")] == [
+        "numbers", "cifar100", "cifar100"]
+
+
+def test_no_compiler_is_one_line(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nonexistent"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    result = command("--epochs", 1, "--compile", "on", "--batch-size", 6)
+    says = result.stderr.splitlines()[-1]                                       # above it may stand torch's own log
+    assert result.exit_code == 2 and says.startswith("error: torch.compile does not work here ("), result.output
+    assert says.endswith("--compile off") and "Traceback" not in result.stderr
+
+
+def test_data_dir_reaches_training(monkeypatch, command, tmp_path):
     seen = []
-    monkeypatch.setattr(train, "accelerator", lambda: "cuda")
     monkeypatch.setattr(train, "cifar100", lambda root, train: seen.append(root) or make_numbers(400, 1))
-    result = CliRunner().invoke(train.app, ["--epochs", "1", "--runs", str(tmp_path), "--device", "cpu",
-                                            "--data-dir", "here", "--model", "vit-nano"])
-    assert result.output.startswith("data      cifar100 (an accelerator found") and result.exit_code == 0
-    assert seen == [Path("here")] * 2
-    assert (tmp_path / "mpvg-vit-nano-cifar100-seed0").exists()
+    result = command("--epochs", 1, "--data-dir", "here", "--model", "vit-nano", data="cifar100")
+    assert result.exit_code == 0 and seen == [Path("here")] * 2
 
 
 def test_cifar100_is_torchvisions(monkeypatch, tmp_path):
@@ -1861,6 +1875,13 @@ def test_report_writes_numbers_and_draws_them(command, tmp_path, monkeypatch):
     one_line(CliRunner().invoke(train.app, ["report", folders[0], str(tmp_path / "copy")]),
              "or are default with the same flags and seed: report them apart")
     one_line(CliRunner().invoke(train.app, ["report", str(tmp_path)]), "last.pt")
+    one_line(CliRunner().invoke(train.app, ["report", str(tmp_path), str(tmp_path)]), "last.pt")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):                                                          # its own folder is among runs/*/
+        result = CliRunner().invoke(train.app, ["report", *map(str, Path().glob("runs/*")), "--images", "1"])
+        assert result.exit_code == 0, result.output
+        assert {*json.loads(Path("runs/report/report.json").read_text())} == {*numbers}
+    assert result.stderr.startswith("note: left out, without a last.pt: runs/report\n")
 
 
 def test_the_figures(command, tmp_path):
@@ -2707,6 +2728,7 @@ def test_every_flag_of_bench_has_its_effect(timing, monkeypatch):
     (["--data", "nowhere"], "error: nowhere cannot be read as ImageNet, train/CLASS/*.JPEG"),
     (["--data", ".", "--methods", "mpvg"], "--methods is of no meaning with --data: leave it out"),
     (["--workers", "2"], "--workers is of no meaning without --data"),
+    (["--data", ".", "--batch", "15"], "--batch 15 is odd: --data mixes images in pairs"),
     (["--data", ".", "--model", "vit-lite"], "--data is read at 224x224, and vit-lite takes 32x32: take a DeiT"),
 ])
 def test_what_bench_cannot_do_ends_in_one_line_before_it_begins(timing, tmp_path, flags, says):
@@ -2878,11 +2900,12 @@ def test_the_readmes_figures_of_cifar100_are_what_one_command_prints():
         assert published.strip() == f"{theirs[name] - theirs[base]:+.2f}"
         known.add(published.strip(" +-"))
         for (model, title), said in zip(settings.items(), found):
-            if not {name, base} <= {*tables(outputs[None]).get(title, {})}:
+            here = base.replace("last_pe=11", f"last_pe={MODELS[model].get('depth', 12) - 1}")  # the last block's
+            if not {name, here} <= {*tables(outputs[None]).get(title, {})}:
                 assert said.strip() == "not measured yet"
                 continue
-            outputs[base] = outputs.get(base) or printed("cifar100", "--base", base)
-            difference = tables(outputs[base])[title][name][2]
+            outputs[here] = outputs.get(here) or printed("cifar100", "--base", here)
+            difference = tables(outputs[here])[title][name][2]
             middle, half = [*map(float, difference.split(" +- ")), math.inf][:2]    # of one pair: no interval
             agrees = (middle > 0) == (theirs[name] > theirs[base])
             marks = ("not reproduced", "reproduced") if model == "vit-lite" else ("the opposite", "seen")
@@ -2895,7 +2918,7 @@ def test_the_readmes_figures_of_cifar100_are_what_one_command_prints():
         known |= {*re.findall(r"\d+\.\d+", difference)}
     assert len(in_words) == 4
     figures = re.findall(r"(?<![\d.])\d+\.\d+(?!\d|\.\d)", section)            # no other figure, in words neither
-    assert {*figures} - known <= {*re.findall(r"\d+\.\d+", outputs[None] + outputs["lape"] + outputs["pvg"])}
+    assert {*figures} - known <= {*re.findall(r"\d+\.\d+", "".join(outputs.values()))}
     root = Path(__file__).parent / "results" / "cifar100"
     for name, found in json.loads((root / "report" / "report.json").read_text()).items():  # what is said in words
         correlation = found["correlation"][1:4]
@@ -2937,6 +2960,17 @@ def test_the_readmes_table_of_speed_is_the_measured_one():
                      f"{row['share_of_peak']:.0%}" for table in tables.values() for row in table["rows"]
                      if row["name"] == "gap"]}
     assert len(shown) == 13 and shown == measured
+
+
+def test_the_bootstrap_intervals_are_what_the_notes_program_prints(monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent)
+    exec(re.findall("```python\n(.*?)```", Path("results/bench-notes.md").read_text(), re.S)[-1], {})
+    *lines, last = capsys.readouterr().out.splitlines()
+    (low, high), = ([float(value) for value in line.split()[-2:]] for line in lines if "0.984" in line)
+    assert sum(float(line.split()[-1]) < 1 for line in lines) == 1 and len(lines) == 4
+    section, (middle, most) = " ".join(readme_section("How fast is it?").split()), re.findall(r"\d\.\d", last)
+    assert f"interval, {low:.3f} to {high:.3f}, excludes 1" in section
+    assert f"half a 95 % bootstrap interval is {middle} points in the middle and {most} at most" in section
 
 
 def test_the_readmes_table_of_reading_files_is_the_measured_one():

@@ -880,8 +880,8 @@ def usable_device(name):
 
 def configure(flags):
     """Flags (None: not given) -> the run's configuration, plain values that decide all but where it runs."""
-    data, method, cuda = flags["data"], flags["method"], usable_device(flags["device"]).type == "cuda"
-    data = data or ("cifar100" if accelerator() else "numbers")
+    device, method = usable_device(flags["device"]).type, flags["method"]
+    data, cuda = flags["data"] or ("numbers" if device == "cpu" else "cifar100"), device == "cuda"
     row = pe, pool, mpvg = flags["pe"], flags["pool"], flags["mpvg"]
     if method is not None and any(row):
         fail("--method names a whole row: leave out --pe, --pool and --mpvg, or --method")
@@ -1026,7 +1026,7 @@ def train(
     model: str | None = flag("Method", f"One of {', '.join(MODELS)}.", of="model"),
     data: Literal["numbers", "cifar100", "imagenet"] | None = flag(
         "Data", "numbers: built in, drawn in seconds. cifar100: downloaded where absent. imagenet: files of "
-        "--data-dir.", of="cifar100 with an accelerator, numbers without"),
+        "--data-dir.", of="numbers on a CPU, else cifar100"),
     data_dir: Path = flag("Data", "Where cifar100 is or goes; where train/CLASS/*.JPEG and val/CLASS/*.JPEG are.",
                           value=Path("data")),
     fraction: float = flag("Data", "Part of each class's training images to use.", value=1.0, min=0, max=1),
@@ -1088,8 +1088,8 @@ def train(
             fail(f"{ctx.invoked_subcommand} takes one process: start it without torchrun")
         return
     config, device = configure(flags), usable_device(device)
-    folder, found = run_folder(flags, config), "an" if accelerator() else "no"
-    say(f"data      {config['data']}" + ("" if data else f" ({found} accelerator found; --data chooses)")
+    folder = run_folder(flags, config)
+    say(f"data      {config['data']}" + ("" if data else " (as --data is not given)")
         + f", device {device}" + f" and {PROCESSES - 1} more" * (PROCESSES > 1))
     torch.manual_seed(seed)
     vit = build(config)
@@ -1107,6 +1107,8 @@ def train(
         reason = str(error).partition("\n")[0]
         if "DataLoader worker" in reason:
             fail(f"a worker process has ended ({reason}): is memory, or shared memory, short? Lower --workers")
+        if config["compile"] != "off" and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            fail(f"torch.compile does not work here ({reason}): --compile off")  # no C++ compiler, or no Triton
         if PROCESSES == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         reason = reason.split("] ", 1)[-1].split(". ")[0]            # of gloo's, without its file and its advice
@@ -1423,7 +1425,7 @@ def measure(model, batches):
     tokens, pe: of each block and the last norm, LN_l(x_l) averaged over images, and the PE that joins it, (N, D) or
     None; correlation: Pearson's, of all entries of those two (Figure 4); beta, gamma: the last norm's, (D); offset:
     beta + mean of LN'(pos_0) (README, fact 3); cosine: similarity of an image's mean token before and after the last
-    norm, averaged over images (Figure 6).
+    norm, averaged over images (the paper's appendix).
     """
     seen, tokens, cosines = {}, 0, []
 
@@ -1500,7 +1502,7 @@ def draw(out, runs):
 @app.command()
 def report(
     run: list[Path] = typer.Argument(help="Folders of runs, or checkpoints."),
-    out: Path = flag(None, "Folder for report.json and the figures.", value=Path("report")),
+    out: Path = flag(None, "Folder for report.json and the figures.", value=Path("runs/report")),
     images: int = flag(None, "Test images to average over.", value=1000, min=1),
     data_dir: Path = flag(None, "Where cifar100 is or goes; the folder with imagenet's val/.", value=Path("data")),
     device: str = flag(None, "auto, cpu, cuda, mps or xpu.", value="auto"),
@@ -1510,7 +1512,10 @@ def report(
     The figures need matplotlib; the numbers, in OUT/report.json, do not.
     """
     device, runs, rows, tests = usable_device(device), {}, {}, {}
-    for path in run:
+    trained = [path for path in run if not path.is_dir() or checkpoint_of(path).exists()] or run
+    if left := [str(path) for path in run if path not in trained]:   # runs/*/ takes in an earlier report, too
+        typer.echo(f"note: left out, without a last.pt: {', '.join(left)}", err=True)
+    for path in trained:
         model, saved = load_run(path, device)
         data, whole = saved["config"]["data"], path.resolve()
         name = whole.name if path.is_dir() else f"{whole.parent.name}-{whole.stem}"
