@@ -1470,7 +1470,8 @@ def draw(out, runs):
                           ("its gamma", "dimension, sorted", "", sort("gamma")),
                           ("its effective offset", "dimension, sorted", "", sort("offset"))],
     }.items():
-        figure, drawn = Figure(figsize=(4 * len(panels) + 2, 3.6), layout="constrained"), {}
+        width = 4 * len(panels) + 1 + 0.085 * max(map(len, kinds))    # the legend takes what it needs
+        figure, drawn = Figure(figsize=(width, 3.6), layout="constrained"), {}
         for ax, (title, across, up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for config, log, found in runs.values():
                 x, y = points(log, found)
