@@ -2918,11 +2918,19 @@ def test_the_readmes_figures_of_cifar100_are_what_one_command_prints():
         outputs[base] = outputs.get(base) or printed("cifar100", "--base", base)
         assert difference == tables(outputs[base])[settings["vit-nano"]][name][2]
         known |= {*re.findall(r"\d+\.\d+", difference)}
-    assert len(in_words) == 4
+    assert len(in_words) == 5
     figures = re.findall(r"(?<![\d.])\d+\.\d+(?!\d|\.\d)", section)            # no other figure, in words neither
     assert {*figures} - known <= {*re.findall(r"\d+\.\d+", "".join(outputs.values()))}
     root = Path(__file__).parent / "results" / "cifar100"
-    for name, found in json.loads((root / "report" / "report.json").read_text()).items():  # what is said in words
+    measured = json.loads((root / "report" / "report.json").read_text())
+
+    def least_and_greatest(row, key):
+        values = [found[key] for name, found in measured.items() if name.startswith(f"{row}-vit-nano")]
+        return min(values), max(values)
+    for key, low, high in (("beta_variance", "mpvg", "pvg"), ("offset_variance", "pvg", "mpvg"),
+                           ("cosine", "lape-layer0=False-add_input=True", "pvg")):       # seen where all seeds agree
+        assert least_and_greatest(low, key)[1] < least_and_greatest(high, key)[0]
+    for name, found in measured.items():                                        # what is said in words
         correlation = found["correlation"][1:4]
         assert correlation == [None] * 3 or correlation[2] < min(correlation[0], 0)
         if name.startswith("mpvg-shift"):

@@ -1470,7 +1470,7 @@ def draw(out, runs):
                           ("its gamma", "dimension, sorted", "", sort("gamma")),
                           ("its effective offset", "dimension, sorted", "", sort("offset"))],
     }.items():
-        width = 4 * len(panels) + 1 + 0.085 * max(map(len, kinds))    # the legend takes what it needs
+        width = 4 * len(panels) + 1 + 0.085 * max(map(len, kinds))   # the legend takes what it needs
         figure, drawn = Figure(figsize=(width, 3.6), layout="constrained"), {}
         for ax, (title, across, up, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for config, log, found in runs.values():
