@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # OpenMP's threads spin while they wait, which starves other work
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler is chatty
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silence the profiler
 
 import torch
 import typer
@@ -193,7 +193,7 @@ def run_table(table, names, s):
     for _ in tqdm(range(s.rounds), f"{table}: timing", leave=False, disable=None):
         for limit in limits:
             limit.seconds.append(limit.time(s.device))
-        contestants[-1].time(s.device)                               # not kept: the first one, too, follows a rival
+        contestants[-1].time(s.device)                               # not recorded: even the first follows a rival
         for one in contestants:
             one.seconds.append(one.time(s.device))
     for one in contestants:
@@ -280,15 +280,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
     methods: str = flag("Methods; METHOD-folded is after fold().", default="default,gap,lape,pvg,mpvg,mpvg-folded"),
-    peers: str = flag(f"Other libraries' models: all, none, or of {', '.join(PEERS)}.", default="all"),
+    peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PEERS)}.", default="all"),
     tables: str = flag(f"all, or of {', '.join(TABLES)}.", default="all"),
     quick: bool = flag(f"Other defaults: {', '.join(f'--{k} {v}' for k, v in QUICK.items())}.", "--quick",
                        default=False,
                        is_eager=True, callback=use_quick_defaults),
-    batch: int | None = flag("Images per step.", shown="128 of 32x32; else 16 on a CPU, 256", min=1, max=65536),
+    batch: int | None = flag("Images per step.", shown="128 for 32x32; else 16 on a CPU, 256", min=1, max=65536),
     dtype: Literal["bf16", "fp32"] | None = flag("fp32 is TF32 on CUDA.", shown="bf16 if CUDA has it, else fp32"),
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
-        "Of torch.compile.", default="default"),
+        "torch.compile's mode.", default="default"),
     rounds: int = flag("Timings of each contestant.", default=20, min=3),
     device: str = flag("auto, cpu, cuda, mps, ...", default="auto"),
     json_file: Path | None = flag("Also write the tables to this file, with every timing.", "--json", dir_okay=False),
@@ -299,8 +299,8 @@ def bench(
     x plain      speed relative to default (class token) or gap (GAP): median of the rounds (min-max)
     x best peer  speed relative to the fastest other library's model with the same pooling
     peak, roof   share of a large matrix product's speed; of the roofline, which counts moved bytes too
-    images/s     the plain method's median times x plain, so that the two columns agree; ms likewise
-    MiB, comp    peak memory; seconds of compilation, few if torch has the graph in its cache on disk
+    images/s     the plain method's median times x plain, so that the two columns agree; ms as well
+    MiB, comp    peak memory; seconds of compilation, short if torch finds the graph in its disk cache
     """
     names = words("--methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
     tables, peers = words("--tables", tables, TABLES), [] if peers == "none" else words("--peers", peers, PEERS)

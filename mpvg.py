@@ -214,7 +214,7 @@ class ViT(nn.Module):
             x = block(x, e)
         y = self.norm(x)
         if last is not None:
-            y = y + last  # MPVG. No image in it: under GAP it adds one and the same vector to the mean of every image
+            y = y + last  # MPVG. It does not depend on the image: under GAP it adds the same vector to every mean
         return y
 
     def forward(self, images):
@@ -233,7 +233,7 @@ def check_options(*, image_size, patch_size, depth, dim, heads, mlp_ratio, norm_
     """Raises ValueError for options that make no ViT. The model works without this check."""
     sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(sides) != 2:
-        raise ValueError(f"image_size={image_size!r} is neither an int nor (height, width)")
+        raise ValueError(f"image_size={image_size!r} must be an int or (height, width)")
     height, width = sides
     sizes |= dict(image_height=height, image_width=width, patch_size=patch_size, depth=depth, dim=dim, heads=heads)
     for name, value in sizes.items():
@@ -305,10 +305,10 @@ def fold(model):
 
 
 def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
-    """PE table (1, prefix + h * w, D) -> (1, prefix + h' * w', D), bicubic with antialiasing; the same grid: as it is.
+    """PE table (1, prefix + h * w, D) -> (1, prefix + h' * w', D), bicubic with antialiasing.
 
-    old_grid, new_grid: (h, w) in patches. prefix: rows before the grid that stay as they are (1 for a class token).
-    Raises ValueError where old_grid is not the table's grid.
+    old_grid, new_grid: (h, w) in patches; if they are equal the table is unchanged. prefix: rows before the grid that
+    stay as they are (1 for a class token). Raises ValueError where old_grid is not the table's grid.
     """
     if not all(isinstance(grid, (tuple, list)) and len(grid) == 2 for grid in (old_grid, new_grid)):
         raise ValueError(f"grids are (h, w) in patches, not {old_grid!r} and {new_grid!r}")
@@ -332,7 +332,7 @@ def read_checkpoint(path):
         raise
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path} cannot be loaded safely: it is damaged or holds more than tensors and plain values; "
-                         "where you trust it, re-save its state_dict() alone") from error
+                         "if you trust it, save its state_dict() again by itself") from error
 
 
 def fit_pos_embed(table, new_grid, prefix, old_grid):
@@ -341,7 +341,7 @@ def fit_pos_embed(table, new_grid, prefix, old_grid):
     side = math.isqrt(max(rows, 0))
     fits, square = rows == math.prod(new_grid), rows > 0 and side ** 2 == rows
     if old_grid is None and fits and square and new_grid != (side, side):
-        raise ValueError(f"is the PE of a {side}x{side} or {new_grid[0]}x{new_grid[1]} grid? Name it: old_grid=(h, w)")
+        raise ValueError(f"the PE may be of a {side}x{side} or {new_grid[0]}x{new_grid[1]} grid: pass old_grid=(h, w)")
     if old_grid is None and (fits or not square):
         return table
     return resize_pos_embed(table, old_grid or (side, side), new_grid, prefix)
@@ -367,7 +367,8 @@ def load_weights(model, source, *, new_head=False, old_grid=None):
     for name in {"pos_embed", "last_pos_embed"} & tensors & own.keys():
         if state[name].ndim == 3 and prefix == (model.cls_token is not None):
             state[name] = fit_pos_embed(state[name], model.grid, prefix, old_grid)
-    if new_head and "head.weight" in tensors and state["head.weight"].shape[:1] != own["head.weight"].shape[:1]:
+    head = state.get("head.weight") if "head.weight" in tensors else None
+    if new_head and ("head.weight" not in state or head is not None and len(head) != len(own["head.weight"])):
         state.update({name: own[name] for name in ("head.weight", "head.bias")})
 
     problems = [f"missing {name}" for name in own if name not in state]

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal, NamedTuple
 
-# OpenMP's threads spin while they wait for each other, which slows them down beside other work. Let them spin less.
+# OpenMP's threads spin while they wait for each other, which slows them down beside other work: make them spin less.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
 
 import torch
@@ -65,7 +65,7 @@ RANK, LOCAL_RANK, WORLD_SIZE = (
 class Recipe:
     """Every number of a training recipe. `--recipe mixup=0,erase=0.1` replaces any of them."""
     epochs: int                      # passes over the training images, warm-up and cool-down included
-    batch_size: int                  # images a step, of all processes together
+    batch_size: int                  # images per step, over all processes
     lr: float                        # AdamW's peak learning rate
     weight_decay: float              # of matrices; biases and norms are not decayed
     decay_pe: bool                   # are PE tables and the class token decayed as well?
@@ -79,7 +79,7 @@ class Recipe:
     crop_scale: float = 1.0          # random resized crop: least area, as a share of the image; 1: no crop
     bicubic: float = 0.5             # probability of bicubic interpolation; bilinear otherwise
     flip: float = 0.0                # probability of a horizontal flip
-    ra_ops: int = 0                  # RandAugment's operations an image, each applied with probability 0.5
+    ra_ops: int = 0                  # RandAugment's operations per image, each applied with probability 0.5
     ra_magnitude: float = 9.0        # their mean strength, from 0 to 10; its standard deviation is 0.5
     mixup: float = 0.0               # alpha of mixup's Beta distribution; with CutMix, each step takes one of the two
     cutmix: float = 0.0              # alpha of CutMix's Beta distribution
@@ -91,10 +91,13 @@ class Recipe:
         greatest = dict(label_smoothing=1, crop_scale=1, bicubic=1, flip=1, erase=1, ra_magnitude=10)
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), least.get(field.name, 0), greatest.get(field.name, 1e6)
-            if not isinstance(value, (int, float) if field.type is float else field.type):
+            kinds = (int, float) if field.type is float else (field.type,)
+            if type(value) not in kinds:
                 raise ValueError(f"{field.name}={value} is not of type {field.type.__name__}")
             if field.type is not str and not low <= value <= high:
                 raise ValueError(f"{field.name}={value} is not from {low} to {high:g}")
+        if 0 < self.mixup < 0.01 or 0 < self.cutmix < 0.01:
+            raise ValueError("mixup and cutmix are 0 or at least 0.01")
         if self.lr_per not in ("epoch", "step"):
             raise ValueError(f"lr_per={self.lr_per} is neither epoch nor step")
         if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
@@ -106,7 +109,7 @@ class Recipe:
 
 
 def parse_assignments(text, separator, names):
-    """-> {"mixup": 0, "lr_per": "step"} of "mixup=0,lr_per=step". Raises ValueError for what is none of `names`."""
+    """-> {"mixup": 0, "lr_per": "step"} of "mixup=0,lr_per=step". Raises ValueError for an unknown name."""
     values = {}
     for item in filter(None, (text or "").split(separator)):
         name, _, word = item.strip().partition("=")
@@ -125,7 +128,7 @@ def parse_assignments(text, separator, names):
 def numbers(count, seed):
     """-> uint8 images (count, 3, 32, 32) of the two-digit numbers 00 to 99 and labels (count,), the same for a seed.
 
-    Turned by up to 9 degrees, scaled by 0.8 to 1.1, moved by up to 3.5 pixels, dark on light or light on dark, noisy.
+    Rotated by up to 9 degrees, scaled by 0.8 to 1.1, shifted by up to 3.5 pixels, dark on light or the reverse, noisy.
     Telling 12 from 21 takes position, and so does assembling a digit that is spread over patches.
     """
     font = ImageFont.load_default(size=26)
@@ -154,10 +157,6 @@ def numbers(count, seed):
     return (images.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
-def load_numbers(root, train):
-    return numbers(30_000, seed=1) if train else numbers(4_000, seed=2)
-
-
 def load_cifar100(root, train):
     try:
         data = torchvision.datasets.CIFAR100(root, train=train, download=True)
@@ -182,7 +181,8 @@ class DataSpec:
 # 5e-4 for every 512 images of a batch. To add a data set in memory, write a loader and a row.
 DATASETS = {
     "numbers": DataSpec(
-        load_numbers, model="vit-nano", image_size=32, num_classes=100, mean=(0.5, 0.5, 0.5), std=(0.3, 0.3, 0.3),
+        lambda root, train: numbers(30_000, seed=1) if train else numbers(4_000, seed=2),
+        model="vit-nano", image_size=32, num_classes=100, mean=(0.5, 0.5, 0.5), std=(0.3, 0.3, 0.3),
         recipe=Recipe(epochs=6, batch_size=128, lr=2e-3, warmup_epochs=0.6, lr_per="step", weight_decay=0.05,
                       decay_pe=False)),
     "cifar100": DataSpec(
@@ -225,14 +225,14 @@ class ArrayData:
         yield from zip(*(tensor[rank::world_size].split(size) for tensor in (self.images, self.labels)))
 
 
-@functools.lru_cache(2)  # with repeated augmentation two images take turns
+@functools.lru_cache(2)  # with repeated augmentation two images alternate
 def decode(path):
     return v2.pil_to_tensor(Image.open(path).convert("RGB"))         # uint8 (3, height, width)
 
 
-@functools.cache  # once for each file
+@functools.cache  # once for each file, in each worker process
 def warn(path, reason):
-    tqdm.write(f"warning: {path} cannot be decoded and is left out ({reason})", sys.stderr)
+    tqdm.write(f"warning: {path} cannot be decoded and is skipped ({reason})", sys.stderr)
 
 
 class FolderData(Dataset):
@@ -313,8 +313,8 @@ def load_data(config, root, device, workers=None, splits=("train", "test"), crop
     """-> {"train": data, "test": data}. Training takes config["fraction"] of each class's images, chosen by seed."""
     dataset, data = DATASETS[config["data"]], {}
     device = device if device.type == "cuda" else torch.device("cpu")  # where images are augmented
-    if workers is None:                                              # none beside a CPU, which is busy training
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if workers is None:                                              # none on a CPU, which is busy training
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if device.type == "cpu" else min(cores, 16)
     for split in splits:
         train = split == "train"
@@ -327,7 +327,7 @@ def load_data(config, root, device, workers=None, splits=("train", "test"), crop
         if train and config["fraction"] < 1:
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
             by_class = [order[labels[order] == label] for label in labels.unique()]
-            rows = torch.cat([rows[:round(config["fraction"] * len(rows))] for rows in by_class])
+            rows = torch.cat([members[:max(1, round(config["fraction"] * len(members)))] for members in by_class])
         if dataset.load:
             data[split] = ArrayData(images[rows], labels[rows], device)
         else:
@@ -337,7 +337,7 @@ def load_data(config, root, device, workers=None, splits=("train", "test"), crop
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
-# Pillow's arithmetic for batches of uint8 images (B, 3, H, W); each image has parameters of its own, tensors (B,).
+# Pillow's arithmetic for batches of uint8 images (B, 3, H, W); each image has its own parameters, tensors (B,).
 
 def to_device(tensor, device):
     """A copy that does not make the host wait for a GPU."""
@@ -458,7 +458,7 @@ def draw_mixing(steps, height, width, recipe):
 def augment(x, draws, recipe, fill):
     """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places.
 
-    Images that are treated alike are brought side by side, so that each treatment is one call on a slice.
+    Images with the same operation are grouped, so that each operation is one call on a slice.
     """
     if recipe.crop_scale < 1:
         order = draws["crop_bicubic"].int().argsort()                # bilinear ones first
@@ -483,14 +483,15 @@ def augment(x, draws, recipe, fill):
 
 
 @functools.lru_cache
-def channel_statistics(data, device):
+def channel_statistics(dataset_name, device):
     """-> the data set's mean and std, (3, 1, 1) each; cached, since a GPU's host waits for such a copy."""
-    return torch.tensor([DATASETS[data].mean, DATASETS[data].std], device=device).view(2, 3, 1, 1).unbind()
+    dataset = DATASETS[dataset_name]
+    return torch.tensor([dataset.mean, dataset.std], device=device).view(2, 3, 1, 1).unbind()
 
 
-def normalise(x, data):
+def normalise(x, dataset_name):
     """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and deviation."""
-    mean, std = channel_statistics(data, x.device)
+    mean, std = channel_statistics(dataset_name, x.device)
     return (x / 255).sub_(mean).div_(std)
 
 
@@ -509,25 +510,25 @@ def mix(x, keep):
     return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep)
 
 
-def prepare(x, labels, draws, keep, recipe, data, classes, seed):
+def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
     """Augments, mixes, normalises and erases the batches of S steps: uint8 images x (S, B, 3, H, W), labels (S, B).
 
     draws: draw_augmentation for the S * B images; keep: draw_mixing for the S steps, or None.
     -> normalised images, and labels, or each class's share where images are mixed, (S, B, classes).
     """
     S, B = labels.shape
-    fill = (255 * channel_statistics(data, x.device)[0]).round()
+    fill = (255 * channel_statistics(dataset_name, x.device)[0]).round()
     x = augment(x.flatten(0, 1), draws, recipe, fill)                # (S * B, 3, H, W)
     if keep is not None:
         keep = to_device(keep, x.device)[:, None, None]              # (S, 1, 1, H, W)
         lam = keep.mean((2, 3, 4))[..., None]                        # corrected for clipped boxes
         labels = mix(F.one_hot(labels, classes).to(keep.dtype), lam)
     if recipe.erase_first:                                           # DeiT: floats are mixed
-        x = erase_boxes(normalise(x, data), draws["erase"], seed).unflatten(0, (S, B))
+        x = erase_boxes(normalise(x, dataset_name), draws["erase"], seed).unflatten(0, (S, B))
         return (x if keep is None else mix(x, keep)), labels
     if keep is not None:                                             # ViT-Lite: pixels are mixed
         x = mix(x.unflatten(0, (S, B)).to(keep.dtype), keep).flatten(0, 1).round()
-    return erase_boxes(normalise(x, data), draws["erase"], seed).unflatten(0, (S, B)), labels
+    return erase_boxes(normalise(x, dataset_name), draws["erase"], seed).unflatten(0, (S, B)), labels
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -573,7 +574,7 @@ def batches(data, recipe, config, epoch, rank=0, world_size=1):
 # ------------------------------------------------------------------------------------------------------------ training
 
 def lr_at(epoch, recipe):
-    """Learning rate after `epoch` epochs, fractions too: linear warm-up, cosine to min_lr, cool-down at min_lr.
+    """Learning rate after `epoch` epochs, which may be fractional: linear warm-up, cosine, cool-down at min_lr.
 
     As in timm the cosine starts at epoch 0, so that it is a little under lr when the warm-up ends.
     """
@@ -658,7 +659,7 @@ def train_one_epoch(train_step, optimizer, epoch_batches, recipe, epoch, steps, 
                 group["lr"] = lr
         losses[step] = train_step(images.to(device), targets.to(device))
         bar.update(recipe.batch_size)
-        if step % 100 == 99:                                         # reading a loss waits for a GPU: seldom
+        if step % 100 == 99:                                         # rarely: reading a loss waits for the GPU
             bar.set_postfix(loss=f"{losses[step].item():.3f}", refresh=False)
     return losses.mean().item()
 
@@ -679,10 +680,10 @@ def evaluate(model, test_data, config, device, rank=0, world_size=1):
         count = count + (labels >= 0).sum()
     hits, losses, count = sum_over_processes(hits, losses, count)
     if count == 0:
-        raise SystemExit("error: not one test image can be decoded")
+        raise SystemExit("error: no test image can be decoded")
     if not math.isfinite(losses):                                    # before anything is saved
-        raise SystemExit("error: the test loss is not finite, the weights are of no use: train with a lower --lr, or, "
-                         "on CUDA, with torch.backends.cuda.enable_cudnn_sdp(False)")
+        raise SystemExit("error: the test loss is not finite, the run has diverged: try a lower --lr, or, on CUDA, "
+                         "torch.backends.cuda.enable_cudnn_sdp(False) at the top of train.py")
     return dict(test_accuracy=100 * hits / count, test_loss=losses / count)
 
 
@@ -694,13 +695,13 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, recipe.decay_pe), lr=0.0, fused=True,
                                   capturable=graphs)
     train_step = make_train_step(net, optimizer, recipe.label_smoothing, config["precision"], accumulate)
-    test = partial(evaluate, compiled, data["test"], config, device, RANK, WORLD_SIZE)
+    measure_accuracy = partial(evaluate, compiled, data["test"], config, device, RANK, WORLD_SIZE)
     if config["compile"] != "off":
         start = time.perf_counter()
         images = torch.zeros(recipe.batch_size // WORLD_SIZE, *model.image_shape)
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
-        test()
+        measure_accuracy()
         model.train()
         warm_up(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s")
@@ -724,7 +725,7 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
             epoch_batches = batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE)
             loss = train_one_epoch(train_step, optimizer, epoch_batches, recipe, epoch, steps, device, bar)
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
-        result = test()
+        result = measure_accuracy()
         failures = sum(part.failures for part in data.values()) - failures
         loss, failures = sum_over_processes(loss / WORLD_SIZE, failures)
         log.append(dict(
@@ -788,6 +789,7 @@ def load_checkpoint(path, **sizes):
     try:
         checkpoint = read_checkpoint(path)
         config, log, state = checkpoint["config"], checkpoint["log"], checkpoint["optimizer"]["state"]
+        setting(config)                                              # knows what a configuration holds
         model = load_weights(build_model(config, **sizes), checkpoint["model"])
         groups = parameter_groups(model, config["weight_decay"], config["decay_pe"])
         trained = [parameter.shape for group in groups for parameter in group["params"]]
@@ -796,12 +798,12 @@ def load_checkpoint(path, **sizes):
         if not all(value.isfinite().all() for value in checkpoint["model"].values()):
             raise ValueError("weights are not finite")
         if log[-1]["epoch"] != len(log):
-            raise ValueError("the log is not whole")
+            raise ValueError("the log is incomplete")
     except OSError as error:
         raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
     except Exception as error:                                       # an altered file can be wrong in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SystemExit(f"error: {path} is no checkpoint of this train.py, or was damaged ({reason})") from None
+        raise SystemExit(f"error: {path} is not a checkpoint of this train.py, or was damaged ({reason})") from None
     return model, checkpoint
 
 
@@ -812,7 +814,7 @@ def lock(folder):
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise SystemExit(f"error: another process trains in {folder}: wait for it, or choose another --name") from None
+        raise SystemExit(f"error: another process is training in {folder}: wait, or choose another --name") from None
     return file
 
 
@@ -832,6 +834,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def flag(text, *names, default=None, shown=True, **limits):
     """An option. shown: what --help says of a default of None."""
     return typer.Option(default, *names, help=text, show_default=shown, **limits)
+
+
+DATA_DIR = flag("Folder of cifar100, or of train/CLASS/*.JPEG and val/CLASS/*.JPEG.", default=Path("data"))
+DEVICE = flag("cpu, cuda, cuda:1 or mps; auto takes an accelerator if there is one.", default="auto")
 
 
 def refuse(name, message):
@@ -863,12 +869,13 @@ def configure(flags):
     named = flags["pe"], flags["pool"], flags["mpvg"]
     method, _, options = (flags["method"] or "").partition(":")
     if method and any(named):
-        refuse("method", "it names --pe, --pool and --mpvg: leave these out")
-    if not method:
+        refuse("method", "it stands for --pe, --pool and --mpvg: leave these out")
+    if flags["method"] is None:
         named = (named[0] or "layerwise", named[1] or "gap", named[2] or not any(named))
         method = METHOD_OF_FLAGS.get(named) or refuse("mpvg", "it needs a PE and --pool gap")
     try:
-        overrides = parse_assignments(options, ":", ViT.__init__.__kwdefaults__)
+        names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
+        overrides = parse_assignments(options, ":", sorted(names))
     except ValueError as error:
         refuse("method", str(error))
     if flags["pe"] == "none":
@@ -884,17 +891,19 @@ def configure(flags):
         if data == "imagenet":                                       # DeiT: 5e-4 for every 512 images of a batch
             derived["lr"] = standard.lr * given.get("batch_size", standard.batch_size) / standard.batch_size
         recipe = dataclasses.replace(standard, **derived | given)
-    except (TypeError, ValueError) as error:
+    except TypeError:
+        refuse("recipe", "epochs and batch_size are whole numbers")
+    except ValueError as error:
         refuse("recipe", str(error))
     if recipe.batch_size % (WORLD_SIZE * (1 + recipe.mixes)) or recipe.batch_size // WORLD_SIZE % flags["accumulate"]:
-        refuse("batch-size", f"{recipe.batch_size} images cannot be shared by {WORLD_SIZE} process(es)"
-               + " in pairs, as they are mixed," * recipe.mixes + f" and {flags['accumulate']} part(s) of each")
+        refuse("batch-size", f"{recipe.batch_size} must be divisible by processes ({WORLD_SIZE}) x accumulate "
+               f"({flags['accumulate']})" + ", and by processes x 2, as images are mixed in pairs" * recipe.mixes)
     if dataset.load and flags["image_size"] not in (None, dataset.image_size):
         refuse("image-size", f"{data} has images of {dataset.image_size}x{dataset.image_size}")
     if flags["compile"] == "graphs" and (not cuda or WORLD_SIZE > 1):
         refuse("compile", "graphs needs CUDA and one process: use on, or off")
     if flags["freeze"] and not flags["init"]:
-        refuse("freeze", "it trains the head alone: name the other weights with --init")
+        refuse("freeze", "it trains only the head: name the other weights with --init")
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     config = dict(
         data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
@@ -927,7 +936,7 @@ def method_label(config):
 def run_folder(flags, config):
     name = flags["name"] or f"{method_label(config)}-{config['model']}-{config['data']}-seed{config['seed']}"
     if Path(name).name != name or name == ".." or len(os.fsencode(name)) > 200:
-        refuse("name", f"{name!r} is not the name of one folder: --runs says where it goes")
+        refuse("name", f"{name!r} is not a single folder name: --runs says where it goes")
     return flags["runs"] / name
 
 
@@ -958,27 +967,27 @@ def train_command(
     data: Literal[tuple(DATASETS)] | None = flag(
         "numbers: built in. cifar100: downloaded where absent. imagenet: image files.",
         shown="numbers on a CPU, else cifar100"),
-    data_dir: Path = flag("Folder of cifar100, or of train/CLASS/*.JPEG and val/CLASS/*.JPEG.", default=Path("data")),
+    data_dir: Path = DATA_DIR,
     fraction: float = flag("Share of each class's training images to use.", default=1.0, min=0.001, max=1),
     image_size: int | None = flag("Side in pixels that imagenet's files are cropped to.", min=1, shown="224"),
     workers: int | None = flag("Processes that decode files, for each training process.", min=0,
                                shown="cores; 0 on a CPU"),
     epochs: int | None = flag("Passes over the training images.", shown="the recipe's"),
-    batch_size: int | None = flag("Images a step, of all processes together.", shown="the recipe's"),
+    batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
-    recipe: str | None = flag("Other numbers of the recipe: mixup=0,erase=0.1. A wrong name lists all."),
-    init: Path | None = flag("Checkpoint to start from; the head is new where the classes differ."),
-    freeze: bool = flag("Train the head alone.", "--freeze", default=False),
-    seed: int = flag("Of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
-    device: str = flag("cpu, cuda, cuda:1, mps; auto takes an accelerator if there is one.", default="auto"),
+    recipe: str | None = flag("Other numbers of the recipe: mixup=0,erase=0.1. An unknown name lists them all."),
+    init: Path | None = flag("Checkpoint to start from; the head is new for another data set or number of classes."),
+    freeze: bool = flag("Train only the head.", "--freeze", default=False),
+    seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
+    device: str = DEVICE,
     precision: Literal["fp32", "bf16"] | None = flag("bf16: autocast.", shown="bf16 on CUDA"),
     compile: Literal["off", "on", "graphs"] | None = flag(
         "torch.compile; graphs: each step as one CUDA graph.", shown="on with CUDA"),
-    accumulate: int = flag("Gradient accumulation: take each batch in that many parts.", default=1, min=1),
+    accumulate: int = flag("Gradient accumulation: split each batch into this many parts.", default=1, min=1),
     name: str | None = flag("Name of the run's folder.", shown="METHOD-MODEL-DATA-seedN"),
     runs: Path = flag("Where run folders go.", default=Path("runs")),
-    resume: bool = flag("Go on from the last finished epoch, or start.", "--resume", default=False),
-    overwrite: bool = flag("Replace the run of that name.", "--overwrite", default=False),
+    resume: bool = flag("Continue after the last finished epoch, or start.", "--resume", default=False),
+    overwrite: bool = flag("Replace an existing run of that name.", "--overwrite", default=False),
 ):
     """Train a Vision Transformer with a position embedding of the MPVG paper, and test it after every epoch.
 
@@ -1010,7 +1019,7 @@ def train_command(
     try:
         train_run(flags, config, folder, device)
     except KeyboardInterrupt:
-        print_main(f"\nstopped: --resume goes on after the last epoch in {folder / 'log.jsonl'}")
+        print_main(f"\nstopped: the epochs in {folder / 'log.jsonl'} are saved, --resume continues after them")
         raise SystemExit(130) from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1021,14 +1030,17 @@ def train_run(flags, config, folder, device):
     shared = [None]
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        locked = lock(folder)
-        for path in folder.glob("*.tmp"):                            # left by a save that was killed
-            path.unlink()
+        _lock = lock(folder)                                         # held until this function returns
+        recorded = (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0
         if flags["resume"] and (folder / "last.pt").exists():
             shared = [load_checkpoint(folder)[1]]
-        elif not flags["overwrite"] and any(folder.glob("[!.]*")) and not flags["resume"]:
-            raise SystemExit(f"error: {folder} exists: --resume goes on with it, --overwrite replaces it, --name "
-                             "chooses another")
+        elif flags["resume"] and recorded:
+            raise SystemExit(f"error: {folder} has a log but no last.pt to resume from: --overwrite replaces it")
+        elif any(folder.glob("[!.]*")) and not (flags["resume"] or flags["overwrite"]):
+            raise SystemExit(f"error: {folder} exists: --resume continues it, --overwrite replaces it, --name chooses "
+                             "another")
+        for name in ("last.pt", "best.pt", "config.json", "log.jsonl"):
+            (folder / f"{name}.tmp").unlink(missing_ok=True)         # left by a save that was killed
     if WORLD_SIZE > 1:                                               # the first process's disk may be its own
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
     checkpoint, data = shared[0], None
@@ -1059,16 +1071,15 @@ def train_run(flags, config, folder, device):
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f", goes on after epoch {len(checkpoint['log'])}" if checkpoint else ""))
-    if RANK == 0:
-        if checkpoint or not (folder / "last.pt").exists():          # --overwrite waits for its first epoch
-            save_record(folder, config, checkpoint["log"] if checkpoint else [])
+    if checkpoint and RANK == 0:                                     # a save may have been killed before the record
+        save_record(folder, checkpoint["config"], checkpoint["log"])
+    elif RANK == 0 and not recorded:                                 # --overwrite waits for its first epoch
+        save_record(folder, config, [])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
     print_main(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch (best: "
                f"{best['test_accuracy']:.2f} % after epoch {best['epoch']}); weights in {folder / 'last.pt'}\n"
                f"next, tables and figures: python train.py report {folder}")
-    if RANK == 0:
-        locked.close()
 
 
 def initialise(model, path, config):
@@ -1097,7 +1108,7 @@ def sweep(
 ):
     """Train every method with every seed, or go on where a sweep was stopped; print a table, also in RUNS/sweep.md.
 
-    Takes the flags of `python train.py` for all of its runs, but for those that name one run.
+    Takes the flags of `python train.py` as well, except those that it sets itself.
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
@@ -1108,17 +1119,20 @@ def sweep(
     shared = parse(ctx.args)
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if shared.get_parameter_source(key).name != "DEFAULT":
-            refuse(key, "a sweep sets it for each run: leave it out")
+            refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> command line
     for method, seed in itertools.product(methods.split(","), range(seeds)):
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
         if not method:
-            refuse("methods", f"{methods!r} names nothing between two commas")
-        planned[run_folder(flags, configure(flags))] = [sys.executable, __file__, *arguments]  # finds mistakes early
+            refuse("methods", f"{methods!r} has an empty name")
+        config = configure(flags | dict(precision="fp32"))           # finds mistakes early, and asks no GPU for bf16
+        planned[run_folder(flags, config)] = [sys.executable, __file__, *arguments]
     shared.params["runs"].mkdir(parents=True, exist_ok=True)
 
     def train_one(folder):
+        if not (folder / "last.pt").exists() and (folder / "log.jsonl").exists() and finished_runs([folder]):
+            return 0                                                 # finished, and its weights were deleted
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
             return subprocess.run(planned[folder]).returncode
@@ -1134,7 +1148,7 @@ def sweep(
         codes = list(pool.map(train_one, planned))
     except KeyboardInterrupt:                                        # the runs receive it as well
         pool.shutdown(cancel_futures=True)
-        raise SystemExit("stopped: the same command goes on from there") from None
+        raise SystemExit("stopped: run the same command to continue") from None
     failed = [folder.name for folder, code in zip(planned, codes) if code]
     runs = finished_runs(folder for folder in planned if folder.name not in failed)
     if runs:
@@ -1176,10 +1190,11 @@ def finished_runs(folders):
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             measured = folder / "mechanism.json"
             mechanism = json.loads(measured.read_text()) if measured.exists() else {}
+            setting(config)                                          # knows what a configuration holds
             if log[-1]["epoch"] != config["epochs"]:
                 raise ValueError("not finished")
             runs.append(Run(folder, method_label(config), config, log, mechanism))
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             typer.echo(f"note: {folder} is left out: it holds no finished run", err=True)
     return runs
 
@@ -1279,10 +1294,10 @@ def mechanism_table(runs):
 def evaluate_command(
     run: Path = typer.Argument(help="A run's folder (its last epoch), or a checkpoint such as best.pt."),
     image_size: int | None = flag("Resize the images and the PE to that many pixels.", min=1, shown="the run's"),
-    crop_ratio: float = flag("Of image files: crop size / short side. LaPE takes 1.", default=0.875, min=0.1, max=1),
-    fold_: bool = flag("Store every PE first: no PE norm is left.", "--fold", default=False),
-    data_dir: Path = flag("Folder of cifar100, or of val/CLASS/*.JPEG.", default=Path("data")),
-    device: str = flag("cpu, cuda, cuda:1, mps or auto.", default="auto"),
+    crop_ratio: float = flag("Crop size / short side, for image files. LaPE uses 1.", default=0.875, min=0.1, max=1),
+    fold_: bool = flag("Fold the PE norms into constants first (mpvg.fold).", "--fold", default=False),
+    data_dir: Path = DATA_DIR,
+    device: str = DEVICE,
 ):
     """Measure a run's test accuracy and loss again."""
     device = choose_device(device)
@@ -1372,25 +1387,26 @@ def draw_layers(path, title, tokens, pe):
 def report(
     folders: list[Path] = typer.Argument(help="Folders of runs.", metavar="RUNS..."),
     out: Path = flag("Folder for the figures.", default=Path("runs/report")),
-    base: str | None = flag("The method that the others' differences are to.", shown="the first"),
+    base: str | None = flag("Method to compare the others with.", shown="the first"),
     images: int = flag("Test images to average over.", default=1000, min=1),
-    data_dir: Path = flag("Folder of cifar100, or of val/CLASS/*.JPEG.", default=Path("data")),
-    device: str = flag("cpu, cuda, cuda:1, mps or auto.", default="auto"),
+    data_dir: Path = DATA_DIR,
+    device: str = DEVICE,
 ):
     """Print tables of finished runs and draw what the paper draws: correlation by layer, heatmaps, the last norm.
 
-    Runs with weights are measured, into their mechanism.json; the others need none. Figures need matplotlib.
+    Measures runs that have weights and writes mechanism.json; others use the one they have. Figures need matplotlib.
     """
     device, runs, tests, layers = choose_device(device), finished_runs(folders), {}, {}
     if not runs or base not in (None, *(run.label for run in runs)):
-        raise SystemExit(f"error: none of these folders holds a finished run{f' of --base {base}' if runs else ''}")
+        raise SystemExit("error: " + (f"none of these runs is of --base {base}" if runs else
+                                      "none of these folders holds a finished run"))
     text = results_table(runs, base=base)
     for run in tqdm([run for run in runs if (run.folder / "last.pt").exists()], "measuring", leave=False, disable=None):
         model, key = load_checkpoint(run.folder)[0].to(device).eval(), (run.config["data"], run.config["image_size"])
         try:
             if key not in tests:
                 data = load_data(run.config, data_dir, device, None, ["test"])["test"]
-                every = max(1, len(data) // images)                  # files are sorted by class
+                every = math.ceil(len(data) / images)                # files are sorted by class
                 tests[key] = torch.cat([x[y >= 0] for x, y in data.test_batches(0, every, 100)])[:images]
         except (OSError, SystemExit):
             typer.echo(f"note: {run.folder} is not measured: its data are not in --data-dir {data_dir}", err=True)
