@@ -124,7 +124,6 @@ class ViT(nn.Module):
         pool: "cls", class token; "gap", mean over the tokens after the last norm.
         last_pe: what is added to the last norm's output (GAP only). None: nothing. 0: LN'(pos_0), MPVG. n >= 1: LN' of
             the e_n that block n is given (Table 5). "shift": a learned vector. "free": LN' of a second learned table.
-            0 is falsy: compare with None.
         layer0, hierarchical, add_input: a layer-wise PE's structure (Table 6): is it delivered to block 0 as well; is
             e_l made from e_{l-1} or always from pos_0; is pos_0 also added to the tokens before block 0.
 
@@ -188,7 +187,7 @@ class ViT(nn.Module):
 
     def last_norm_pe(self, delivered):
         """-> what is added to the last norm's output, (1, N, D), for "shift" (D), or None for nothing."""
-        if self.last_pe is None:
+        if self.last_pe is None:                                    # not `if self.last_pe`: MPVG's 0 is falsy
             return None
         if self.last_pe == "shift":
             return self.last_shift
@@ -231,10 +230,8 @@ def check_word(name, value, choices):
 def check_options(*, image_size, patch_size, depth, dim, heads, mlp_ratio, norm_eps, pe_std, attn_drop, drop_path,
                   qkv_bias, block_type, init, pe_init, pe, pool, last_pe, layer0, hierarchical, add_input, **sizes):
     """Raises ValueError for options that make no ViT. The model works without this check."""
-    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if len(sides) != 2:
-        raise ValueError(f"image_size={image_size!r} must be an int or (height, width)")
-    height, width = sides
+    is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
+    height, width = image_size if is_pair else (image_size, image_size)
     sizes |= dict(image_height=height, image_width=width, patch_size=patch_size, depth=depth, dim=dim, heads=heads)
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
@@ -361,14 +358,13 @@ def load_weights(model, source, *, new_head=False, old_grid=None):
     if not isinstance(state, dict):
         raise ValueError(f"load_weights takes a path or a state dict, not a {type(state).__name__}")
     state, own = dict(state), model.state_dict()
-    tensors = {name for name, value in state.items() if isinstance(value, torch.Tensor)}
-
     prefix = int("cls_token" in state)
-    for name in {"pos_embed", "last_pos_embed"} & tensors & own.keys():
-        if state[name].ndim == 3 and prefix == (model.cls_token is not None):
-            state[name] = fit_pos_embed(state[name], model.grid, prefix, old_grid)
-    head = state.get("head.weight") if "head.weight" in tensors else None
-    if new_head and ("head.weight" not in state or head is not None and len(head) != len(own["head.weight"])):
+    for name in {"pos_embed", "last_pos_embed"} & own.keys() & state.keys():
+        table = state[name]
+        if isinstance(table, torch.Tensor) and table.ndim == 3 and prefix == (model.cls_token is not None):
+            state[name] = fit_pos_embed(table, model.grid, prefix, old_grid)
+    head = state.get("head.weight")
+    if new_head and (head is None or getattr(head, "shape", ())[:1] != own["head.weight"].shape[:1]):
         state.update({name: own[name] for name in ("head.weight", "head.bias")})
 
     problems = [f"missing {name}" for name in own if name not in state]

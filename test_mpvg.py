@@ -465,7 +465,7 @@ def test_model_options_reach_the_model():
     (dict(pe="absolute", add_input=False), "leave them out with pe='absolute'"),
     (dict(pe="layerwise", layer0="no"), "unknown layer0 'no': choose from True, False"),
     (dict(image_size=(8, 10)), "8x10 is not divisible"),
-    (dict(image_size=(3, 8, 8)), "image_size=(3, 8, 8) must be an int or (height, width)"),
+    (dict(image_size=(3, 8, 8)), "image_height=(3, 8, 8) is not a positive whole number"),
     (dict(image_size=(8, 12.0)), "image_width=12.0 is not a positive"),
     (dict(dim=18, heads=4), "dim 18 is not divisible by heads 4"),
     (dict(dim=6, heads=2, pe_init="sincos"), "by 4 for pe_init='sincos'"),
