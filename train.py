@@ -757,11 +757,15 @@ def print_main(text):
 def save(path, contents):
     """Writes bytes whole or not at all: to a temporary file, flushed to the disk, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"error: {path} cannot be written ({error.strerror}); what was saved is whole") from None
 
 
 def save_checkpoint(folder, model, optimizer, config, log):
