@@ -283,8 +283,7 @@ def bench(
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PEERS)}.", default="all"),
     tables: str = flag(f"all, or of {', '.join(TABLES)}.", default="all"),
     quick: bool = flag(f"Other defaults: {', '.join(f'--{k} {v}' for k, v in QUICK.items())}.", "--quick",
-                       default=False,
-                       is_eager=True, callback=use_quick_defaults),
+                       default=False, is_eager=True, callback=use_quick_defaults),
     batch: int | None = flag("Images per step.", shown="128 for 32x32; else 16 on a CPU, 256", min=1, max=65536),
     dtype: Literal["bf16", "fp32"] | None = flag("fp32 is TF32 on CUDA.", shown="bf16 if CUDA has it, else fp32"),
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
@@ -308,7 +307,6 @@ def bench(
         raise typer.BadParameter("folded models do not train: add a method", param_hint="--methods")
     device = choose_device(device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")                   # TF32, as in train.py
         dtype = dtype or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
     elif mode in ("reduce-overhead", "max-autotune"):
         raise typer.BadParameter(f"{mode} uses CUDA graphs, which {device} does not have", param_hint="--mode")

@@ -1590,6 +1590,7 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(launch):
     (["--recipe", "erase=2"], "--recipe: erase=2 is not from 0 to 1"),
     (["--recipe", "erase=NaN"], "--recipe: erase=nan is not from 0 to 1"),
     (["--recipe", "ra_ops=1.5"], "--recipe: ra_ops=1.5 is not of type int"),
+    (["--recipe", "ra_ops=16"], "--recipe: ra_ops=16 is not from 0 to 15"),
     (["--recipe", "lr_per=year"], "--recipe: lr_per=year is neither epoch nor step"),
     (["--lr", "inf"], "lr=inf is not from 0 to 1e+06"),
     (["--epochs", "0"], "epochs=0 is not from 1"),

@@ -7,8 +7,8 @@
     python train.py eval runs/NAME
     python train.py report runs/*/
 
-From top to bottom: recipes, data, augmentation, batches, training, checkpoints, command line, tables, figures. The data
-set `numbers` is built in: nothing to download, and a CPU learns it in two minutes.
+From top to bottom: recipes, data, augmentation, batches, training, checkpoints, command line, sweep, tables, eval and
+report. The data set `numbers` is built in: nothing to download, and a CPU learns it in two minutes.
 """
 import dataclasses
 import functools
@@ -88,7 +88,8 @@ class Recipe:
 
     def __post_init__(self):
         least = dict(epochs=1, batch_size=1, repeats=1, crop_scale=0.01)
-        greatest = dict(label_smoothing=1, crop_scale=1, bicubic=1, flip=1, erase=1, ra_magnitude=10)
+        greatest = dict(label_smoothing=1, crop_scale=1, bicubic=1, flip=1, erase=1, ra_ops=15,
+                        ra_magnitude=10)
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), least.get(field.name, 0), greatest.get(field.name, 1e6)
             kinds = (int, float) if field.type is float else (field.type,)
@@ -536,7 +537,7 @@ def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
 def epoch_order(recipe, count, seed, epoch):
     """-> the index of the image at each place of an epoch's batches, (steps, batch_size), and a seed for each step.
 
-    The last, smaller batch is left out. With repeats, two images take turns on neighbouring places, a b a b a b, so
+    The last, smaller batch is left out. With repeats, two images alternate on neighbouring places, a b a b a b, so
     that nothing is mixed with itself and one decoding serves all crops.
     """
     size, repeats = recipe.batch_size, recipe.repeats
@@ -733,7 +734,7 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
             images_per_second=speed, unreadable=int(failures), seconds=time.perf_counter() - start))
         if RANK == 0:
             save_checkpoint(folder, model, optimizer, config, log)
-        sum_over_processes(0)                                         # the others wait until it is saved
+        sum_over_processes(0)                                        # the others wait until it is saved
         print_main("{epoch:>5} {loss:>8.4f} {test_accuracy:>8.2f} {lr:>10.2e} {images_per_second:>10,.0f} {took:>9.0f} "
                    "{seconds:>11.0f}".format(**log[-1], took=time.perf_counter() - epoch_start))
     return log
@@ -785,6 +786,10 @@ def save_checkpoint(folder, model, optimizer, config, log):
 def save_record(folder, config, log):
     save(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+
+
+def has_log(folder):
+    return (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0
 
 
 def load_checkpoint(path, **sizes):
@@ -1035,7 +1040,7 @@ def train_run(flags, config, folder, device):
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _lock = lock(folder)                                         # held until this function returns
-        recorded = (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0
+        recorded = has_log(folder)
         if flags["resume"] and (folder / "last.pt").exists():
             shared = [load_checkpoint(folder)[1]]
         elif flags["resume"] and recorded:
@@ -1051,7 +1056,7 @@ def train_run(flags, config, folder, device):
     for turn in (RANK == 0, LOCAL_RANK == 0, True):                  # one process downloads, then one on each machine
         if turn and not data:
             data = load_data(config, flags["data_dir"], device, flags["workers"])
-        sum_over_processes(0)                                         # waits for the others
+        sum_over_processes(0)                                        # waits for the others
     config["images"] = len(data["train"])
     changed = [f"{key} was {checkpoint['config'].get(key)}, is {value}" for key, value in config.items()
                if checkpoint and checkpoint["config"].get(key) != value]
@@ -1135,12 +1140,12 @@ def sweep(
     shared.params["runs"].mkdir(parents=True, exist_ok=True)
 
     def train_one(folder):
-        if not (folder / "last.pt").exists() and (folder / "log.jsonl").exists() and finished_runs([folder]):
+        if not (folder / "last.pt").exists() and has_log(folder) and finished_runs([folder]):
             return 0                                                 # finished, and its weights were deleted
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
             return subprocess.run(planned[folder]).returncode
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))         # the cores, shared
+        threads = str(max(1, (os.cpu_count() or 1) // jobs))         # the runs share the cores
         with open(f"{folder}.txt", "a") as output:
             code = subprocess.run(planned[folder], stdout=output, stderr=output,
                                   env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
