@@ -53,6 +53,7 @@ MODELS = {  # what a row leaves out is ViT's default: patch 16 of 224, depth 12,
     "deit-small": dict(dim=384, heads=6, drop_path=0.1),
     "deit-base":  dict(dim=768, heads=12, drop_path=0.1),
 }
+MODELS["vit-lite-mini"] = MODELS["vit-lite"] | dict(dim=96)  # for experiments on a CPU
 
 
 def stochastic_depth(x, drop_path, training):
