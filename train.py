@@ -1130,7 +1130,7 @@ def sweep(
         if shared.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> command line
-    for method, seed in itertools.product(methods.split(","), range(seeds)):
+    for seed, method in itertools.product(range(seeds), methods.split(",")):  # stopped early, whole seeds are done
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
         if not method:
