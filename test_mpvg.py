@@ -1686,7 +1686,8 @@ def test_the_table_of_finished_runs(tmp_path):
     assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00", "60.00", "3100", "3,743,588", ""]
     assert rows[6][3] == "minus pvg" and rows[8] == ["pvg", "1", "20.00", "", "20.00", "3100", "3,742,564", ""]
     titles = [line for line in result.out.splitlines() if line.startswith("vit-lite")]
-    assert titles == ["vit-lite, cifar100, 310 epochs, bf16", "vit-lite, cifar100, 310 epochs, bf16, lr 0.1"]
+    first = "vit-lite, cifar100, 310 epochs, bf16"
+    assert titles == [first, f"{first}, lr 0.1", f"{first}: contrasts"]
     assert max(map(len, result.out.splitlines())) <= 110
     rows = rows_of(report(tmp_path, *folders, "--base", "mpvg").out)
     assert [rows[0][3], *(row[3] for row in rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "+1.00, +0.50", "",
@@ -1698,10 +1699,39 @@ def test_the_table_of_finished_runs(tmp_path):
 
 def test_student_t():
     """Half the interval of values whose standard error is 1: the t quantile itself; tables: 2.776, 2.060, 1.984."""
-    for n, t in ((5, 2.776), (26, 2.060), (101, 1.984)):
+    for n, alpha, t in ((2, 0.05, 12.706), (5, 0.05, 2.776), (26, 0.05, 2.060), (101, 0.05, 1.984), (4, 0.0125, 5.392)):
         values = torch.linspace(-1, 1, n).double()
         values = (values / values.std() * n ** 0.5).tolist()
-        assert train.interval(values) == pytest.approx(t, rel=2e-3)
+        assert train.interval(values, alpha) == pytest.approx(t, rel=5e-4)
+        assert train.p_value([value + t for value in values]) == pytest.approx(alpha, rel=2e-3)
+
+
+def test_contrasts(tmp_path):
+    """Quantiles of t with 3 degrees of freedom, two-sided, for 0.05 / k, k = 1 to 4: 3.182, 4.177, 4.857, 5.392."""
+    shifts = {"default": [0, 0, 0, 0], "lape": [1.9, 2.1, 2, 2], "gap": [0, 0, 0, 0], "pvg": [5, 5, 5, 5],
+              "lape-gap": [-0.4, -0.8, -1.2, -1.6], "mpvg": [5.07, 5.17, 5.27, 5.37], "mpvg-free": [6]}
+    for method, accuracies in shifts.items():
+        for seed, accuracy in enumerate(accuracies):
+            write_run(tmp_path / f"{method}{seed}", [70.0 + seed + accuracy], method=method, seed=seed)
+    rows = rows_of(report(tmp_path, *sorted(tmp_path.glob("*/"))).out)
+    start = next(i for i, row in enumerate(rows) if row[0] == "contrast")
+    lape, lape_gap, mpvg_ = (np.array(shifts[name]) for name in ("lape", "lape-gap", "mpvg"))
+
+    def row(name, values, t, *rest):
+        return [name, "4", f"{values.mean():+.2f} +- {t * values.std(ddof=1) / 2:.2f}", *rest]
+    assert rows[start] == ["contrast", "n", "difference", "level %", "verdict", "paper", "of", "paper's is"]
+    assert rows[start + 2:] == [
+        row("(lape-gap - gap) - (lape - default)", lape_gap - lape, 3.182, "95.00", "agrees", "-0.96", "deit-tiny",
+            "outside"),
+        row("lape - default", lape, 4.857, "98.33", "agrees", "+0.62", "vit-lite", "outside"),
+        row("lape-gap - gap", lape_gap, 4.177, "97.50", "inconclusive", "-0.16", "deit-tiny", "inside"),
+        row("mpvg - pvg", mpvg_ - 5, 3.182, "95.00", "inconclusive", "+0.20", "vit-lite", "inside"),  # as Holm stopped
+        row("mpvg - default", mpvg_, 5.392, "98.75", "agrees", "+1.97", "vit-lite", "outside"),
+        row("pvg - lape-gap", 5 - lape_gap, 3.182, "95.00", "", "+0.93", "deit-tiny", "outside")]
+    for seed in range(3):
+        write_run(tmp_path / f"worse{seed}", [60.0 + 2 * seed], method="lape", seed=seed)
+    worse = rows_of(report(tmp_path, *tmp_path.glob("default*"), *tmp_path.glob("worse*")).out)
+    assert worse[-1][1:2] + worse[-1][3:5] == ["3", "95.00", "disagrees"]
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
@@ -1733,6 +1763,53 @@ def test_measure_is_what_it_says(method):
     offset = p["norm.bias"] + (0 if last is None else last.detach().reshape(-1, 16).mean(0))
     torch.testing.assert_close(found["offset"], offset)
     assert torch.equal(found["beta"], p["norm.bias"]) and torch.equal(found["gamma"], p["norm.weight"])
+
+
+@pytest.mark.parametrize("method", ["default", "pvg"])
+def test_measure_position_is_what_it_says(method):
+    """Beside a ridge regression by least squares on rows of the ridge."""
+    model, x = tiny(method), images(24)
+    labels = model(x).argmax(1)
+    found = train.measure_position(model, [(x[:10], labels[:10]), (x[10:], labels[10:])])
+
+    def read(tokens):
+        tokens = tokens[:, -6:].detach().numpy()
+        fit, test = tokens[::2].reshape(-1, 16), tokens[1::2].reshape(-1, 16)
+        center, index = fit.mean(0), np.tile(np.arange(6), 12)
+        rows = np.sqrt(1e-3 * len(fit) * fit.var(0).mean()) * np.eye(16)
+        weights = np.linalg.lstsq(np.concatenate([fit - center, rows]),
+                                  np.concatenate([np.eye(6)[index] - 1 / 6, np.zeros((16, 6))]), rcond=None)[0]
+        return 100 * (((test - center) @ weights).argmax(1) == index).mean()
+
+    p, places = model.state_dict(), dict(stream=[], normed=[], attention=[])
+    stream = model.patch_embed(x).flatten(2).transpose(1, 2)
+    if method == "default":
+        stream = torch.cat([p["cls_token"].expand(24, 1, -1), stream], dim=1)
+    stream = stream + p["pos_embed"]
+    for block, e in zip(model.blocks, model.delivered_pe()):
+        y = layer_norm(stream, p, f"blocks.{len(places['stream'])}.norm1")
+        places["stream"].append(read(stream))
+        places["normed"].append(read(y))
+        places["attention"].append(None if e is None else read(y + e))
+        stream = block(stream, e)
+    places["normed"].append(read(layer_norm(stream, p, "norm")))
+    for name, expected in places.items():
+        assert found[name] == pytest.approx(expected), name
+    generator = torch.Generator().manual_seed(0)
+    right = [model(train.shuffle_patches(part, 4, generator)).argmax(1) for part in (x[:10], x[10:])]
+    assert found["shuffled"] == pytest.approx(100 * (torch.cat(right) == labels).double().mean().item())
+    assert found["ordered"] == 100 and found["chance"] == pytest.approx(100 / 6)
+
+
+def test_shuffle_patches():
+    x, blind = images(3), tiny(None, pe="none", pool="gap")
+    shuffled = train.shuffle_patches(x, 4, torch.Generator().manual_seed(0))
+    order = []
+    for before, after in zip(*(part.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3).transpose(1, 2)
+                               for part in (x, shuffled))):                     # each (6, 3, 4, 4)
+        order.append([int((before == piece).flatten(1).all(1).nonzero()) for piece in after])
+    assert all(sorted(row) == [0, 1, 2, 3, 4, 5] for row in order) and order[0] != order[1]
+    torch.testing.assert_close(blind(shuffled), blind(x))
 
 
 def test_eval_measures_again(trained, tmp_path):
@@ -1768,7 +1845,14 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path, monkeypat
     assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
     assert found["offset"] == pytest.approx(expected["offset"].tolist(), abs=1e-5) and len(found["beta"]) == 128
     assert found["beta_variance"] == pytest.approx(np.var(found["beta"], ddof=1))
-    row = rows_of(result.out)[-1]
+    *_, row, _, _, position = rows_of(result.out)
+    ordered, shuffled = (f"{found['position'][name]:.1f}" for name in ("ordered", "shuffled"))
+    assert position[:3] == ["mpvg", ordered, shuffled] and len(found["position"]["stream"]) == 4
+    assert position[4] == " ".join(f"{value:.0f}" for value in found["position"]["normed"])
+    torch.manual_seed(0)
+    fresh = create("vit-nano", "mpvg")
+    before = fresh.last_norm_pe(fresh.delivered_pe()).mean(1)[0].tolist()
+    assert found["offset_before"] == pytest.approx(before, abs=1e-6)
     assert row[:-1] == ["mpvg", "1", f"{found['beta_variance']:.5f}", f"{found['offset_variance']:.5f}",
                         f"{found['cosine']:.3f}"]
     assert row[-1] == " ".join("-" if value is None else f"{value:+.2f}" for value in found["correlation"])
@@ -1779,7 +1863,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path, monkeypat
     pytest.importorskip("matplotlib")
     result = report(tmp_path, folder)
     assert rows_of(result.out)[-1][0] == "mpvg" and f"figures in {tmp_path / 'figures'}" in result.out
-    names = ["correlation.png", "curves.png", "last_norm.png", f"layers-{MPVG}.png"]
+    names = ["correlation.png", "curves.png", "last_norm.png", f"layers-{MPVG}.png", "position.png"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == names
     assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "figures").iterdir())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -1831,7 +1915,8 @@ def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
         returncode=1 + both.wait(20)))                                          # waits until two runs are under way
     result = sweep("--methods", "gap,mpvg", "--seeds", 2, "--jobs", 2, "--runs", tmp_path)
     assert "4 of 4 runs failed" in result.err
-    assert sorted(asked) == [[f"--method={method}", f"--seed={seed}"] for method in ("gap", "mpvg") for seed in (0, 1)]
+    order = [[f"--method={method}", f"--seed={seed}"] for seed in (0, 1) for method in ("gap", "mpvg")]
+    assert sorted(asked[:2]) == order[:2] and sorted(asked[2:]) == order[2:]    # whole seeds first
 
 
 def sweep(*flags):

@@ -1178,7 +1178,10 @@ PAPER = {  # top-1 %, one run each: Tables 1, 2, 5 and 6, Figures 1 and 5
     ("deit-small", "imagenet"): {"default": 79.81, "lape": 80.39, "pvg": 80.38, "mpvg": 80.61},
     ("deit-base", "imagenet"): {"default": 81.85, "lape": 82.15, "pvg": 82.21, "mpvg": 82.42},
 }
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+CONFLICT = "(lape-gap - gap) - (lape - default)"                     # the paper's first finding, an interaction
+CLAIMS = "lape - default", "lape-gap - gap", "mpvg - pvg", "mpvg - default"
+OTHERS = ("pvg - lape-gap", "default-pe_std=1 - default", "gap-pe_std=1 - gap", "pvg - gap-pe_std=1",
+          "mpvg-free - mpvg", "mpvg-shift - mpvg", "mpvg-pe_init=sincos - mpvg")
 
 
 class Run(NamedTuple):
@@ -1230,10 +1233,23 @@ def by_setting(runs, order=tuple(METHODS)):
     return settings
 
 
-def interval(values):
-    """-> half the width of the 95 % confidence interval of a mean (Student's t), of at least two values."""
-    n = len(values)
-    return (T95[n - 2] if n - 2 < len(T95) else 1.96 + 2.4 / (n - 1)) * stdev(values) / n ** 0.5
+def student_t(df):
+    """-> Student's t with `df` degrees of freedom as a table: values t, and the probability that |t| is larger."""
+    angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)     # t = sqrt(df) tan(angle)
+    inside = torch.cumulative_trapezoid(angle.cos() ** (df - 1))
+    return df ** 0.5 * angle[1:].tan(), 1 - inside / inside[-1]
+
+
+def interval(values, alpha=0.05):
+    """-> half the width of the 1 - alpha confidence interval of a mean (Student's t), of at least two values."""
+    t, p = student_t(len(values) - 1)
+    return t[p <= alpha][0].item() * stdev(values) / len(values) ** 0.5
+
+
+def p_value(values):
+    """-> two-sided p-value of "the mean is 0" (Student's t), of at least two values."""
+    t, p = student_t(len(values) - 1)
+    return p[t >= min(abs(mean(values)) * len(values) ** 0.5 / (stdev(values) or 1e-9), 1e9)][0].item()
 
 
 def mean_and_deviation(values, digits=2):
@@ -1278,11 +1294,79 @@ def results_table(runs, order=tuple(METHODS), base=None):
                    "half of a 95 % confidence interval. Best epoch: chosen by test accuracy. Seconds: of a run.\n")
 
 
+class Contrast(NamedTuple):
+    """A difference of methods, or a difference of two differences, of one setting's runs."""
+    name: str
+    values: list                     # percentage points, a seed each
+    paper: float | None              # the paper's value
+    paper_model: str                 # and its model
+    alpha: float                     # 1 - the level of the interval
+    half: float                      # half the interval's width
+    verdict: str                     # agrees or disagrees with the paper's sign where the interval excludes 0
+
+
+def contrast_values(name, accuracies):
+    """-> "a - b" or "(a - b) - (c - d)" of each {method: accuracy}; None where it lacks one of the methods."""
+    signs = dict(zip(name.replace("(", "").replace(")", "").split(" - "), (1, -1, -1, 1)))
+    return [sum(sign * found[method] for method, sign in signs.items()) if set(signs) <= set(found) else None
+            for found in accuracies]
+
+
+def contrasts(methods):
+    """-> Contrasts of one setting, {label: {seed: run}}, those with at least three seeds.
+
+    The intervals are of 95 %, but the paper's claims share an alpha of 0.05 by Holm's procedure: 0.05 / k for the
+    smallest p-value of k, 0.05 / (k - 1) for the next, ..., and none excludes 0 after the first that does not.
+    """
+    by_seed = {}
+    for label, seeds in methods.items():
+        for seed, run in seeds.items():
+            by_seed.setdefault(seed, {})[label] = run.log[-1]["test_accuracy"]
+            own = run.config["model"]
+    values = {name: [value for value in contrast_values(name, by_seed.values()) if value is not None]
+              for name in (CONFLICT, *CLAIMS, *OTHERS)}
+    values = {name: found for name, found in values.items() if len(found) > 2}
+    claims = sorted((name for name in values if name in CLAIMS), key=lambda name: p_value(values[name]))
+    alpha = dict.fromkeys(values, 0.05) | {name: 0.05 / (len(claims) - rank) for rank, name in enumerate(claims)}
+    half = {name: interval(values[name], alpha[name]) for name in values}
+    exclude_0 = [name for name in values if abs(mean(values[name])) > half[name]]
+    rejected = [*itertools.takewhile(exclude_0.__contains__, claims), *(set(exclude_0) - set(claims))]
+    found = []
+    for name in values:
+        papers = [(value, model) for (model, _), accuracies in sorted(PAPER.items(), key=lambda item: item[0][0] != own)
+                  for value in contrast_values(name, [accuracies]) if value is not None]
+        paper, paper_model = papers[0] if papers else (None, "")
+        verdict = "inconclusive"
+        if name in rejected and name not in OTHERS:
+            verdict = "agrees" if mean(values[name]) * paper > 0 else "disagrees"
+        found.append(Contrast(name, values[name], paper, paper_model, alpha[name], half[name],
+                              "" if name in OTHERS else verdict))
+    return found
+
+
+def contrast_table(runs):
+    """-> text: for each setting with at least three seeds a table of contrasts beside the paper's."""
+    text = ""
+    for title, methods in by_setting(runs).items():
+        rows = []
+        for c in contrasts(methods):
+            paper = ["", "", ""] if c.paper is None else [
+                f"{c.paper:+.2f}", c.paper_model, "inside" if abs(mean(c.values) - c.paper) <= c.half else "outside"]
+            rows.append([c.name, str(len(c.values)), f"{mean(c.values):+.2f} +- {c.half:.2f}",
+                         f"{100 - 100 * c.alpha:.2f}", c.verdict, *paper])
+        if rows:
+            text += as_table(f"{title}: contrasts", [
+                "contrast", "n", "difference", "level %", "verdict", "paper", "of", "paper's is"], rows)
+    return text and text + (
+        "Differences are paired by seed; +- is half of the confidence interval of that level. The verdict is\n"
+        "on the sign; the last column says whether the paper's value is inside the interval.\n")
+
+
 def mechanism_table(runs):
     """-> text: for each setting a table of what report has measured."""
     text = ""
-    for title, methods in by_setting(run for run in runs if run.mechanism).items():
-        rows = []
+    for title, methods in by_setting(runs).items():
+        rows, positions = [], []
         for name, seeds in methods.items():
             measured = [run.mechanism for run in seeds.values()]
             layers = zip(*(found["correlation"] for found in measured))
@@ -1290,11 +1374,20 @@ def mechanism_table(runs):
                 mean_and_deviation([found[key] for found in measured], digits)
                 for key, digits in (("beta_variance", 5), ("offset_variance", 5), ("cosine", 3))),
                 " ".join("  -  " if None in layer else f"{mean(layer):+.2f}" for layer in layers)])
-        head = ["method", "n", "beta variance", "offset variance", "cosine", "correlations"]
-        text += as_table(f"{title}: measured", head, rows)
+            found = [run["position"] for run in measured]
+            positions.append([
+                name, *(mean_and_deviation([run[key] for run in found], 1) for key in ("ordered", "shuffled")),
+                *(" ".join(f"{mean(place):3.0f}" for place in zip(*(run[key] for run in found)))
+                  for key in ("stream", "normed"))])
+        text += as_table(f"{title}: measured", ["method", "n", "beta variance", "offset variance", "cosine",
+                                                "correlations"], rows)
+        text += as_table(f"{title}: position, %", ["method", "accuracy", "patches shuffled", "index read from x",
+                                                   "from LN(x)"], positions)
     return text + ("Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);\n"
                    "cosine of an image's mean token before and after it. Correlations of LN(x), averaged over images,\n"
-                   "with the PE that is added to it: block 0, 1, ..., last norm.\n")
+                   "with the PE that is added to it: block 0, 1, ..., last norm. Position: test accuracy on some test\n"
+                   "images, then with the patches of each shuffled; share of tokens whose patch index a linear map\n"
+                   "reads from the stream x that enters block 0, 1, ..., and from LN(x), block 0, 1, ..., last norm.\n")
 
 
 # ----------------------------------------------------------------------------------------------------- eval and report
@@ -1324,6 +1417,17 @@ def evaluate_command(
                f"loss {loss:.4f}, {len(data):,} images")
 
 
+def watch_norms(model, images):
+    """-> inputs and outputs, (B, N, D), of each block's first norm and of the last norm, x_l and LN_l(x_l); logits."""
+    seen = []
+    hooks = [norm.register_forward_hook(lambda norm, inputs, output: seen.append((*inputs, output)))
+             for norm in (*(block.norm1 for block in model.blocks), model.norm)]
+    logits = model(images)
+    for hook in hooks:
+        hook.remove()
+    return *zip(*seen), logits
+
+
 @torch.no_grad()
 def measure(model, batches):
     """What the paper draws of a trained model, from normalised images (B, 3, H, W) -> a dict.
@@ -1333,19 +1437,11 @@ def measure(model, batches):
     beta + mean of LN'(pos_0); cosine: similarity of an image's mean token before and after the last norm, averaged over
     images (the paper's appendix).
     """
-    seen, tokens, cosines = {}, 0, []
-
-    def watch(number, norm, inputs, output):
-        seen[number] = inputs[0], output
-
-    norms = [*(block.norm1 for block in model.blocks), model.norm]
-    hooks = [norm.register_forward_hook(partial(watch, number)) for number, norm in enumerate(norms)]
+    tokens, cosines = 0, []
     for images in batches:
-        model(images)
-        tokens = tokens + torch.stack([output.sum(0) for _, output in seen.values()])
-        cosines.append(F.cosine_similarity(*(t.mean(1) for t in seen[len(norms) - 1]), dim=1))
-    for hook in hooks:
-        hook.remove()
+        inputs, outputs, _ = watch_norms(model, images)
+        tokens = tokens + torch.stack([output.sum(0) for output in outputs])
+        cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
     delivered = model.delivered_pe()
     last = model.last_norm_pe(delivered)
@@ -1357,38 +1453,167 @@ def measure(model, batches):
                 gamma=gamma, offset=beta if last is None else beta + pe[-1].mean(0))
 
 
-def draw_lines(path, runs, panels):
-    """Writes a figure with a line per run, a colour per method. panels: (title, x, first x, y, run -> values)."""
+def shuffle_patches(images, size, generator):
+    """-> images (B, 3, H, W) with the patches of each in a random order of its own."""
+    patches = F.unfold(images, size, stride=size)                    # (B, 3 * size * size, N)
+    order = torch.rand(len(images), patches.shape[2], generator=generator).argsort(1).to(images.device)
+    return F.fold(patches.gather(2, order[:, None].expand_as(patches)), images.shape[2:], size, stride=size)
+
+
+@torch.no_grad()
+def measure_position(model, batches):
+    """How much position a trained model holds and needs, from lists of normalised images and labels -> a dict, in %.
+
+    stream, normed: share of patch tokens whose index a linear map reads from x_l that enters block 0, 1, ...; from
+    LN_l(x_l), block 0, 1, ..., and LN(x_L). attention: from LN_l(x_l) + e_l, None where there is no e_l. The map is a
+    ridge regression of the one-hot index on centred features, its strength 0.001 of their mean variance, fitted to
+    every second image and tested on the others. ordered, shuffled: accuracy on the images, and on the images with their
+    patches shuffled. chance: of the index, 100 / N.
+    """
+    delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
+
+    def features(images):
+        """-> (places, B, N, D): the stream's, then the normed ones, then the attention's; logits."""
+        inputs, outputs, logits = watch_norms(model, images)
+        inside = [y + e for y, e in zip(outputs, delivered) if e is not None]
+        return torch.stack([*inputs[:-1], *outputs, *inside])[:, :, -patches:].cpu().double(), logits
+
+    count, sums, moments = 0, 0, 0
+    for images, _ in batches:
+        x, _ = features(images[::2])
+        count, sums, moments = count + x.shape[1], sums + x.sum(1), moments + (x.flatten(1, 2).mT @ x.flatten(1, 2))
+    means = sums / count                                           # of the tokens with an index, (places, N, D)
+    center = means.mean(1, keepdim=True)
+    covariance = moments / (count * patches) - center.mT @ center
+    variance = covariance.diagonal(dim1=1, dim2=2)                   # a view
+    variance += 1e-3 * variance.mean(1, keepdim=True)                # the ridge
+    weights = torch.linalg.solve(covariance, (means - center).mT)    # (places, D, N), times N: of the regression
+
+    read, right, generator = [], [], torch.Generator().manual_seed(0)
+    for images, labels in batches:
+        x, logits = features(images)
+        scores = (x[:, 1::2] - center[:, None]) @ weights[:, None]   # (places, B, N, N)
+        read.append((scores.argmax(3) == torch.arange(patches)).double().mean(2))
+        mixed = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
+        right.append(torch.stack([logits.argmax(1) == labels, mixed.argmax(1) == labels]))
+    read = (100 * torch.cat(read, 1).mean(1)).tolist()
+    ordered, shuffled = (100 * torch.cat(right, 1).double().cpu().mean(1)).tolist()
+    inside = iter(read[2 * depth + 1:])
+    return dict(stream=read[:depth], normed=read[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
+                attention=[None if e is None else next(inside) for e in delivered], chance=100 / patches)
+
+
+def new_figure(columns=1, width=5.0, height=3.6):
     from matplotlib.figure import Figure
-    labels, drawn = list(dict.fromkeys(run.label for run in runs)), {}
-    width = 4 * len(panels) + 1 + 0.085 * max(map(len, labels))      # the legend takes what it needs
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    for ax, (title, across, first, up, values_of) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for run in runs:
-            values = [math.nan if value is None else value for value in values_of(run)]
-            drawn[run.label], = ax.plot(range(first, first + len(values)), values, marker=".", ms=4, lw=1, alpha=0.8,
-                                        color=f"C{labels.index(run.label)}")
-        ax.set(title=title, xlabel=across, ylabel=up)
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def draw_methods(ax, methods, values_of, dotted=False, blocks=None):
+    """Draws a line for each method, the mean of its runs, in a band from the least to the greatest.
+
+    values_of: run -> values, None where there is none. dotted: a reference, without names at the ends of the lines.
+    blocks: their number, if the values are those of blocks and the last norm. A method has the same colour in all
+    figures; with other options it is dashed.
+    """
+    ends = []
+    for label, seeds in methods.items():
+        values = torch.tensor([[math.nan if value is None else value for value in values_of(run)]
+                               for run in seeds.values()]).T.tolist()  # (places, runs)
+        low, high, middle = ([f(place) for place in values] for f in (min, max, mean))
+        color = f"C{list(METHODS).index(next(iter(seeds.values())).config['method'])}"
+        ax.plot(middle, ":" if dotted else "--" if "=" in label else "-", marker="." * (len(middle) < 20), color=color)
+        ax.fill_between(range(len(low)), low, high, color=color, alpha=0.2, lw=0)
+        ends += [(value, label, color) for value in middle if not dotted and not math.isnan(value)][-1:]
+    ax.grid(visible=True, alpha=0.3)
+    if blocks:
+        ax.set_xticks(range(blocks + 1), [*map(str, range(blocks)), "last\nnorm"])
+        ax.set_xlabel("block")
+    (low, high), places = ax.get_ylim(), []
+    for end, _, _ in sorted(ends):                                   # names apart from each other
+        places.append(max([end] + [place + (high - low) / 18 for place in places[-1:]]))
+    for (_, label, color), place in zip(sorted(ends), places):
+        ax.text(1.02, place - max(0.0, places[-1] - high), label, color=color, va="center", size=9,
+                transform=ax.get_yaxis_transform())
+
+
+def draw_curves(path, methods):
+    figure, axes = new_figure(2)
+    for ax, key, name in zip(axes, ("loss", "test_accuracy"), ("training loss, cross entropy", "test accuracy, %")):
+        draw_methods(ax, methods, lambda run, key=key: [None, *(line[key] for line in run.log)])
+        ax.set(xlabel="epoch", ylabel=name)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=0.3)
-    figure.legend(drawn.values(), drawn, loc="outside right upper")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path)
+
+
+def draw_contrasts(path, methods):
+    """Writes a figure of contrasts: ours with interval and verdict, the paper's as a hollow mark."""
+    rows = contrasts(methods)[::-1]
+    figure, (ax,) = new_figure(1, 8, 1 + 0.32 * len(rows))
+    for y, row in enumerate(rows):
+        ax.errorbar(mean(row.values), y, xerr=row.half, fmt="o", color="C0", capsize=3)
+        ax.plot(math.nan if row.paper is None else row.paper, y, "D", mfc="none", color="black")
+        ax.text(1.02, y, row.verdict, transform=ax.get_yaxis_transform(), va="center")
+    ax.axvline(0, color="grey", lw=1)
+    ax.grid(axis="x", alpha=0.3)
+    ax.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows],
+           xlabel="difference of test accuracy, percentage points (diamond: the paper)")
+    figure.savefig(path)
+
+
+def draw_correlation(path, methods, run):
+    """Writes the correlation of tokens and PE by block (Figure 4)."""
+    (figure, (ax,)), blocks = new_figure(width=6.4), len(run.mechanism["correlation"]) - 1
+    ax.set(ylim=(-1, 0.1), ylabel="correlation of LN(x) and its PE")
+    draw_methods(ax, methods, lambda run: run.mechanism["correlation"], blocks=blocks)
+    ax.plot([4 / 11 * (blocks - 1), blocks - 1], [-0.37, -0.95], "D", mfc="none", color="black")
+    ax.set_title("diamonds: layers 4 and 11 of 0 to 11 of the paper's DeiT-Ti", size=9)
+    figure.savefig(path)
+
+
+def draw_last_norm(path, methods, run):
+    figure, axes = new_figure(3)
+    names = dict(gamma="last norm's weight gamma", beta="last norm's bias beta", offset="beta + mean of LN'(pos_0)")
+    for ax, (key, name) in zip(axes, names.items()):
+        draw_methods(ax, methods, lambda run, key=key: sorted(run.mechanism[key]))
+        ax.set(xlabel="dimension, sorted by value", ylabel=name)
+    draw_methods(axes[2], methods, lambda run: sorted(run.mechanism["offset_before"]), dotted=True)
+    axes[2].set_title("dotted: before training", size=9)
+    figure.savefig(path)
+
+
+def draw_position(path, methods, run):
+    """Writes what measure_position found."""
+    (figure, axes), blocks = new_figure(3), len(run.mechanism["correlation"]) - 1
+    for ax, key, title in zip(axes, ("stream", "normed"), ("from the stream x", "from LN(x); dotted: with its PE")):
+        draw_methods(ax, methods, lambda run, key=key: run.mechanism["position"][key], blocks=blocks)
+        ax.set_title(f"patch index read {title}", size=9)
+        ax.set(ylabel="tokens, % (grey: chance)", ylim=(0, 105))
+        ax.axhline(run.mechanism["position"]["chance"], color="grey", lw=1)
+    draw_methods(axes[1], methods, lambda run: run.mechanism["position"]["attention"], dotted=True)
+    draw_methods(axes[2], methods, lambda run: [run.mechanism["position"][key] for key in ("ordered", "shuffled")])
+    axes[2].set_xticks([0, 1], ["patches in order", "shuffled"])
+    axes[2].set_ylabel("test accuracy, %")
+    figure.savefig(path)
 
 
 def draw_layers(path, title, tokens, pe):
     """Writes a heatmap of the averaged tokens and of the PE of each layer, (N, D) each (Figures 2 and 8)."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(1.6 * len(pe), 4.4), layout="constrained")
+    figure = Figure(figsize=(1.6 * len(pe) + 0.8, 4.4), layout="constrained")
     figure.suptitle(f"{title}: tokens (down) by dimensions (across)")
     for name, values, row in zip(("LN(x)", "PE"), (tokens, pe), figure.subplots(2, len(pe))):
+        shown = [value for value in values if value is not None]
+        top = torch.cat([value.flatten() for value in shown]).abs().quantile(0.99).item() if shown else 1
         for number, (ax, value) in enumerate(zip(row, values)):
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"{name}, {f'block {number}' if number < len(pe) - 1 else 'last norm'}", size=9)
             if value is None:
                 ax.text(0.5, 0.5, "none", ha="center", va="center")
             else:
-                top = value.abs().quantile(0.99).item()
-                ax.imshow(value.numpy(), "RdBu_r", aspect="auto", interpolation="nearest", vmin=-top, vmax=top)
+                image = ax.imshow(value.numpy(), "RdBu_r", aspect="auto", interpolation="nearest", vmin=-top, vmax=top)
+        if shown:
+            figure.colorbar(image, ax=row)
     figure.savefig(path, dpi=100)
 
 
@@ -1416,31 +1641,33 @@ def report(
             if key not in tests:
                 data = load_data(run.config, data_dir, device, None, ["test"])["test"]
                 every = math.ceil(len(data) / images)                # files are sorted by class
-                tests[key] = torch.cat([x[y >= 0] for x, y in data.test_batches(0, every, 100)])[:images]
+                batches = [(x[y >= 0], y[y >= 0]) for x, y in data.test_batches(0, every, 100)]
+                tests[key] = [(normalise(x.to(device), key[0]), y.to(device)) for x, y in batches]
         except (OSError, SystemExit):
             typer.echo(f"note: {run.folder} is not measured: its data are not in --data-dir {data_dir}", err=True)
             continue
-        found = measure(model, (normalise(x.to(device), key[0]) for x in tests[key].split(100)))
+        found = measure(model, (x for x, _ in tests[key])) | dict(position=measure_position(model, tests[key]))
         layers.setdefault(run.label, (run.folder.name, found.pop("tokens"), found.pop("pe")))
+        torch.manual_seed(run.config["seed"])
+        fresh = build_model(run.config)
+        last = fresh.last_norm_pe(fresh.delivered_pe())
+        found["offset_before"] = torch.zeros_like(found["beta"]) if last is None else last.detach().mean((0, 1))
         found |= {f"{name}_variance": found[name].var().item() for name in ("beta", "offset")}
-        run.mechanism.update({name: value.tolist() if torch.is_tensor(value) else value for name, value in found.items()
-                              if name not in ("tokens", "pe")})
+        run.mechanism.update({name: value.tolist() if torch.is_tensor(value) else value
+                              for name, value in found.items()})
         save(run.folder / "mechanism.json", (json.dumps(run.mechanism) + "\n").encode())
-    measured = [run for run in runs if run.mechanism]
-    typer.echo(text + ("\n" + mechanism_table(measured) if measured else ""))
-    out.mkdir(parents=True, exist_ok=True)
+    measured = [run for run in runs if "position" in run.mechanism]
+    typer.echo("\n".join([text, contrast_table(runs)] + [mechanism_table(measured)] * bool(measured)))
     try:
-        draw_lines(out / "curves.png", runs, [
-            ("training loss", "epoch", 1, "cross entropy", lambda run: [line["loss"] for line in run.log]),
-            ("test accuracy", "epoch", 1, "%", lambda run: [line["test_accuracy"] for line in run.log])])
-        if measured:
-            draw_lines(out / "correlation.png", measured, [
-                ("LN(x) and the PE that is added to it", "block; after them the last norm", 0, "correlation",
-                 lambda run: run.mechanism["correlation"])])
-            draw_lines(out / "last_norm.png", measured, [
-                (title, "dimension, sorted", 0, "", lambda run, key=key: sorted(run.mechanism[key])) for title, key in (
-                    ("beta, the last norm's bias", "beta"), ("gamma, its weight", "gamma"),
-                    ("its effective offset", "offset"))])
+        for title, methods in by_setting(runs).items():
+            folder = out / title.replace(", ", "-").replace(" ", "-") if len(by_setting(runs)) > 1 else out
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_curves(folder / "curves.png", methods)
+            if contrasts(methods):
+                draw_contrasts(folder / "contrasts.png", methods)
+            found = [run for run in measured if setting(run.config) == title]
+            for draw in (draw_correlation, draw_last_norm, draw_position) if found else ():
+                draw(folder / f"{draw.__name__.removeprefix('draw_')}.png", by_setting(found)[title], found[0])
         for name, tokens, pe in layers.values():
             draw_layers(out / f"layers-{name}.png", name, tokens, pe)
         typer.echo(f"figures in {out}")
