@@ -345,12 +345,26 @@ def fit_pos_embed(table, new_grid, prefix, old_grid):
     return resize_pos_embed(table, old_grid or (side, side), new_grid, prefix)
 
 
-def load_weights(model, source, *, new_head=False, old_grid=None):
+def drop_cls_token(model, state):
+    """-> weights trained with a class token, for a GAP model: without the token and its PE row, PE norms at 0."""
+    has_both = "cls_token" in state and getattr(state.get("pos_embed"), "ndim", 0) == 3
+    if not has_both or model.cls_token is not None or not model.add_input:
+        raise ValueError("from_cls takes weights with a class token into a model with pool='gap' and pos_0 at its "
+                         "input: gap, pvg, mpvg")
+    new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
+           if "pe_norm" in name or name == "last_shift"}
+    state = new | {name: value for name, value in state.items() if name != "cls_token"}
+    return state | {"pos_embed": state["pos_embed"][:, 1:]}
+
+
+def load_weights(model, source, *, new_head=False, old_grid=None, from_cls=False):
     """Loads a checkpoint, a path or a state dict, into the model and returns the model. DeiT's, timm's and LaPE's fit.
 
     A PE of another grid is resized; old_grid, (h, w) in patches, is needed where the checkpoint's grid is not square.
-    new_head: keep the model's own head where the checkpoint has another number of classes. Raises ValueError with every
-    missing, unexpected or misshapen key; the model is then unchanged.
+    new_head: keep the model's own head where the checkpoint has another number of classes. from_cls: take weights that
+    were trained with a class token, such as DeiT's, into gap, pvg or mpvg; the token and its PE row are dropped, and
+    PE norms that the file lacks start at gamma = beta = 0, so that the model starts as `gap` with these weights. Raises
+    ValueError with every missing, unexpected or misshapen key; the model is then unchanged.
     """
     state = read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
     for key in ("model", "state_dict"):
@@ -358,7 +372,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None):
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"load_weights takes a path or a state dict, not a {type(state).__name__}")
-    state, own = dict(state), model.state_dict()
+    state, own = drop_cls_token(model, state) if from_cls else dict(state), model.state_dict()
     prefix = int("cls_token" in state)
     for name in {"pos_embed", "last_pos_embed"} & own.keys() & state.keys():
         table = state[name]
@@ -371,12 +385,13 @@ def load_weights(model, source, *, new_head=False, old_grid=None):
     problems = [f"missing {name}" for name in own if name not in state]
     for name, value in state.items():
         if name not in own:
-            problems.append(f"unexpected {name}")
+            problems.append(f"unexpected {name}" + " (from_cls=True drops it)" * (name == "cls_token"))
         elif not isinstance(value, torch.Tensor):
             problems.append(f"{name} is not a tensor")
         elif value.shape != own[name].shape:
-            hint = {"head.weight": " (new_head=True starts a new head)",
-                    "pos_embed": " (old_grid=(h, w) names the file's grid where it is not square)"}.get(name, "")
+            hint = " (new_head=True starts a new head)" if name == "head.weight" else ""
+            if name == "pos_embed" and prefix == (model.cls_token is not None):
+                hint = " (old_grid=(h, w) names the file's grid where it is not square)"
             problems.append(f"{name} is {tuple(value.shape)}, the model's {tuple(own[name].shape)}{hint}")
     if problems:
         raise ValueError(f"these weights do not fit (another model, another method, or folded?): {'; '.join(problems)}")

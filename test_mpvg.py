@@ -575,8 +575,9 @@ def test_load_weights_names_every_misfit():
         assert part in str(error.value)
     assert "new_head" not in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="pos_embed is.*unexpected cls_token|unexpected cls_token.*pos_embed is"):
+    with pytest.raises(ValueError, match="unexpected cls_token .from_cls=True drops it.*pos_embed is") as error:
         load_weights(tiny("gap"), tiny("default").state_dict())
+    assert "old_grid" not in str(error.value)
     with pytest.raises(ValueError, match="unexpected dist_token") as error:     # DeiT's distilled table: 8 rows, not 7
         load_weights(tiny("default"), {**tiny("default").state_dict(), "dist_token": torch.zeros(1),
                                        "pos_embed": torch.zeros(1, 8, 16)})
@@ -630,6 +631,36 @@ def test_load_weights_resizes_the_pe(method):
     assert torch.equal(long.pos_embed, resize_pos_embed(larger.pos_embed, (4, 4), (2, 8), prefix))
     again = load_weights(tiny(method, seed=9, image_size=(8, 32)), long.state_dict(), old_grid=(2, 8))
     assert torch.equal(again.pos_embed, long.pos_embed)
+
+
+@pytest.mark.parametrize("method", ["gap", "pvg", "mpvg", "mpvg-shift"])
+def test_load_weights_starts_a_gap_model_from_a_class_tokens_weights(method):
+    source, model = tiny("default").state_dict(), tiny(method, seed=5)
+    with pytest.raises(ValueError, match="from_cls=True"):
+        load_weights(model, source)
+    assert load_weights(model, {"model": source}, from_cls=True) is model and "cls_token" in source
+    p = {name: value for name, value in source.items() if name != "cls_token"}
+    p["pos_embed"] = p["pos_embed"][:, 1:]
+    _, logits = equations(p, images(), pe="absolute", pool="gap")
+    torch.testing.assert_close(model(images()), logits, rtol=1e-10, atol=1e-10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(50):                                                      # the PE norms learn one after the other
+        F.cross_entropy(model(images(8, seed=step)), torch.arange(8) % 5).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all((value != 0).all() for name, value in model.named_parameters() if name.endswith("pe_norm.weight"))
+    delivered = model.delivered_pe()
+    for e in (*delivered, model.last_norm_pe(delivered)):
+        assert e is None or e.ndim == 1 or (e.std(dim=1) > 0).all()
+    larger = load_weights(tiny(method, image_size=16), source, from_cls=True, old_grid=(2, 3))
+    assert torch.equal(larger.pos_embed, resize_pos_embed(p["pos_embed"], (2, 3), (4, 4)))
+
+
+@pytest.mark.parametrize("method, source", [("default", "default"), ("lape-gap", "default"), ("mpvg", "gap")])
+def test_from_cls_refuses_other_cases(method, source):
+    with pytest.raises(ValueError, match="from_cls takes weights with a class token into"):
+        load_weights(tiny(method), tiny(source).state_dict(), from_cls=True)
 
 
 # ------------------------------------------------------------------------------------------- train.py: augmentation
@@ -1326,6 +1357,16 @@ def test_init_and_freeze(cli, trained, tmp_path):
         moved = load(tmp_path / data)["model"]
         assert moved["head.weight"].shape == (100, 128) and torch.equal(moved["pos_embed"], weights["pos_embed"])
         assert not torch.equal(moved["head.weight"], weights["head.weight"])
+
+
+def test_init_from_a_class_tokens_weights(cli, tmp_path):
+    assert cli("--method", "default", "--epochs", 1).code == 0
+    first = tmp_path / "default-vit-nano-numbers-seed0"
+    result = cli("--method", "mpvg", "--epochs", 1, "--lr", 0, "--init", first)
+    new = ", ".join(f"{name}.{part}" for name in ("blocks.1.pe_norm", "blocks.2.pe_norm", "blocks.3.pe_norm", "pe_norm")
+                    for part in ("weight", "bias"))
+    assert f"starts from {first}, without its class token, new and 0: {new}, with its head" in result.out, result.err
+    one_line(cli("--method", "mpvg", "--init", first, "--freeze", "--name", "probe"), "leave --freeze out")
 
 
 def deit(dim=192):

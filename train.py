@@ -1092,17 +1092,23 @@ def train_run(flags, config, folder, device):
 
 
 def initialise(model, path, config):
-    """Loads another run's weights, or any checkpoint that mpvg.load_weights takes. -> what became of the head."""
+    """Loads another run's weights, or any checkpoint that mpvg.load_weights takes. -> what was left out or is new."""
     try:
         checkpoint = read_checkpoint(path / "last.pt" if path.is_dir() else path)
         own = {name: value.clone() for name, value in model.head.state_dict().items()}
-        load_weights(model, checkpoint, new_head=True)
+        state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else {}
+        from_cls = model.cls_token is None and "cls_token" in state
+        if from_cls and config["freeze"]:
+            raise ValueError("its PE norms start at 0 and have to learn: leave --freeze out")
+        load_weights(model, checkpoint, new_head=True, from_cls=from_cls)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
     trained = checkpoint.get("config")
     if isinstance(trained, dict) and trained.get("data") != config["data"]:
         model.head.load_state_dict(own)                              # as many classes, but others
-    return "with a new head" if torch.equal(model.head.weight, own["weight"]) else "with its head"
+    new = [name for name in model.state_dict() if "pe_norm" in name or name == "last_shift"] if from_cls else []
+    return (("without its class token, " if from_cls else "") + (f"new and 0: {', '.join(new)}, " if new else "")
+            + ("with a new head" if torch.equal(model.head.weight, own["weight"]) else "with its head"))
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
