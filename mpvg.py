@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+__version__ = "1.0.0"
+
 # Everything that distinguishes a method is in its row. ViT's docstring explains the options.
 METHODS = {
     "default":     dict(pe="absolute", pool="cls"),  # ViT, DeiT

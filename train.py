@@ -1301,21 +1301,21 @@ def results_table(runs, order=tuple(METHODS), base=None):
 
 
 class Contrast(NamedTuple):
-    """A difference of methods, or a difference of two differences, of one setting's runs."""
+    """A difference of methods, or of two such differences, among runs of one setting."""
     name: str
     values: list                     # percentage points, a seed each
-    paper: float | None              # the paper's value
-    paper_model: str                 # and its model
     alpha: float                     # 1 - the level of the interval
     half: float                      # half the interval's width
     verdict: str                     # agrees or disagrees with the paper's sign where the interval excludes 0
+    paper: float | None              # the paper's value
+    paper_model: str                 # and its model
 
 
-def contrast_values(name, accuracies):
-    """-> "a - b" or "(a - b) - (c - d)" of each {method: accuracy}; None where it lacks one of the methods."""
+def contrast_values(name, tables):
+    """-> values of the contrast "a - b" or "(a - b) - (c - d)" in those tables, {method: accuracy}, that have it."""
     signs = dict(zip(name.replace("(", "").replace(")", "").split(" - "), (1, -1, -1, 1)))
-    return [sum(sign * found[method] for method, sign in signs.items()) if set(signs) <= set(found) else None
-            for found in accuracies]
+    return [sum(sign * table[method] for method, sign in signs.items())
+            for table in tables if signs.keys() <= table.keys()]
 
 
 def contrasts(methods):
@@ -1324,29 +1324,23 @@ def contrasts(methods):
     The intervals are of 95 %, but the paper's claims share an alpha of 0.05 by Holm's procedure: 0.05 / k for the
     smallest p-value of k, 0.05 / (k - 1) for the next, ..., and none excludes 0 after the first that does not.
     """
-    by_seed = {}
-    for label, seeds in methods.items():
-        for seed, run in seeds.items():
-            by_seed.setdefault(seed, {})[label] = run.log[-1]["test_accuracy"]
-            own = run.config["model"]
-    values = {name: [value for value in contrast_values(name, by_seed.values()) if value is not None]
-              for name in (CONFLICT, *CLAIMS, *OTHERS)}
+    tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in methods.items() if seed in runs}
+              for seed in sorted(set().union(*methods.values()))]
+    values = {name: contrast_values(name, tables) for name in (CONFLICT, *CLAIMS, *OTHERS)}
     values = {name: found for name, found in values.items() if len(found) > 2}
-    claims = sorted((name for name in values if name in CLAIMS), key=lambda name: p_value(values[name]))
-    alpha = dict.fromkeys(values, 0.05) | {name: 0.05 / (len(claims) - rank) for rank, name in enumerate(claims)}
+    claims = sorted(values.keys() & set(CLAIMS), key=lambda name: p_value(values[name]))
+    alpha = {name: 0.05 / (len(claims) - claims.index(name) if name in claims else 1) for name in values}
     half = {name: interval(values[name], alpha[name]) for name in values}
-    exclude_0 = [name for name in values if abs(mean(values[name])) > half[name]]
-    rejected = [*itertools.takewhile(exclude_0.__contains__, claims), *(set(exclude_0) - set(claims))]
-    found = []
+    exclude_0 = {name for name in values if abs(mean(values[name])) > half[name]}
+    exclude_0 -= set(itertools.dropwhile(exclude_0.__contains__, claims))
+    own, found = next(iter(next(iter(methods.values())).values())).config["model"], []
     for name in values:
-        papers = [(value, model) for (model, _), accuracies in sorted(PAPER.items(), key=lambda item: item[0][0] != own)
-                  for value in contrast_values(name, [accuracies]) if value is not None]
-        paper, paper_model = papers[0] if papers else (None, "")
-        verdict = "inconclusive"
-        if name in rejected and name not in OTHERS:
-            verdict = "agrees" if mean(values[name]) * paper > 0 else "disagrees"
-        found.append(Contrast(name, values[name], paper, paper_model, alpha[name], half[name],
-                              "" if name in OTHERS else verdict))
+        papers = [(value, model) for (model, _), table in sorted(PAPER.items(), key=lambda item: item[0][0] != own)
+                  for value in contrast_values(name, [table])]       # of this model, if the paper has it
+        paper, model = papers[0] if papers else (None, "")
+        verdict = "" if name in OTHERS else "inconclusive" if name not in exclude_0 else (
+            "agrees" if mean(values[name]) * paper > 0 else "disagrees")
+        found.append(Contrast(name, values[name], alpha[name], half[name], verdict, paper, model))
     return found
 
 
