@@ -2443,6 +2443,34 @@ def test_the_python_of_readme_and_guide_runs(trained, tmp_path, monkeypatch):
     assert torch.equal(shown["model"].head.weight, load(trained[0])["model"]["head.weight"])
 
 
+def test_the_guides_timm_model_is_mpvg():
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    exec(code(GUIDE, "VisionTransformer"), shown := {})
+    assert shown["logits"].shape == (2, 1000) and timm.__version__
+    sizes, ours = dict(depth=3, img_size=32, embed_dim=192, num_heads=3), tiny("mpvg", **MODELS["deit-tiny"] | dict(
+        depth=3, image_size=32, patch_size=16, num_classes=1000, mlp_ratio=4.0))
+    model = shown["MPVG"](**sizes).double().eval()
+    model.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(model(images(size=(32, 32))), ours(images(size=(32, 32))), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("words", ["MaskRCNN", "pixel_shuffle", "SwinMPVG"])
+def test_the_guides_other_models_train(words):
+    with contextlib.redirect_stdout(out := io.StringIO()):
+        exec(code(GUIDE, words).replace("range(200)", "range(40)"), shown := {})
+    if words == "MaskRCNN":
+        assert out.getvalue() == "tensor(True)\n" and len(shown["losses"]) == 5
+    elif words == "pixel_shuffle":
+        assert shown["iou"] > 1.5 * shown["true"].float().mean()
+    else:
+        tables = sum((64 // 4 // 2 ** i) ** 2 * 96 * 2 ** i for i in range(4))
+        norms = 2 * 96 * (2 * 1 + 2 * 2 + 6 * 4 + 2 * 8 + 8)
+        assert out.getvalue() == f"{tables + norms:,} more parameters\n" == "56,448 more parameters\n"
+        assert all(parameter.grad.abs().sum() > 0 for parameter in shown["model"].parameters())
+        large = sum((224 // 4 // 2 ** i) ** 2 * 96 * 2 ** i for i in range(4)) + norms
+        assert f"{large:,}" in GUIDE
+
+
 def commands(text):
     """-> arguments of each command `python train.py ...` of a document's code."""
     blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")

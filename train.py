@@ -887,7 +887,7 @@ def configure(flags):
         overrides = parse_assignments(options, ":", sorted(names))
     except ValueError as error:
         refuse("method", str(error))
-    if flags["pe"] == "none":
+    if flags["pe"] == "none" or overrides.get("pe", "") is None:     # --method gap:pe=none
         overrides["pe"] = "none"
 
     try:
@@ -1641,7 +1641,7 @@ def report(
             if key not in tests:
                 data = load_data(run.config, data_dir, device, None, ["test"])["test"]
                 every = math.ceil(len(data) / images)                # files are sorted by class
-                batches = [(x[y >= 0], y[y >= 0]) for x, y in data.test_batches(0, every, 100)]
+                batches = [(x[y >= 0], y[y >= 0]) for x, y in data.test_batches(0, every, 50)]
                 tests[key] = [(normalise(x.to(device), key[0]), y.to(device)) for x, y in batches]
         except (OSError, SystemExit):
             typer.echo(f"note: {run.folder} is not measured: its data are not in --data-dir {data_dir}", err=True)
