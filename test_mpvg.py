@@ -2526,9 +2526,12 @@ def test_the_readmes_names_and_tables():
 
 
 def test_the_tables_of_runs_are_what_report_prints(tmp_path):
-    for name, document in (("cifar100", ROOT / "results/cifar100.md"), ):
-        printed = report(tmp_path, *sorted((ROOT / "results" / name).glob("*-seed*/"))).out.partition("figures in")[0]
-        assert printed.strip() in document.read_text()
-    rows = rows_of(printed)
-    shown = rows_of(README.partition("## Evidence")[2].partition("## From")[0])
-    assert shown and all(row in rows for row in shown[2:])
+    def printed(name):
+        folders = sorted(path.parent for path in (ROOT / "results" / name).glob("*/config.json"))
+        return report(tmp_path, *folders).out
+
+    text = printed("cifar100").partition("figures in")[0]
+    assert text.strip() in (ROOT / "results/cifar100.md").read_text()
+    for document, title, source in ((README, "## Evidence", text), (GUIDE, "## Exercises", printed("numbers"))):
+        shown = rows_of(document.partition(title)[2].partition("\n## ")[0])
+        assert shown and all(row in rows_of(source) for row in shown)
