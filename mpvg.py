@@ -407,11 +407,11 @@ def main():
     for method, row in METHODS.items():
         print(f"{method:<13}" + "".join(f"{str(row.get(name, '-')):<13}" for name in options))
     methods = ("default", "gap", "lape", "pvg", "mpvg")
-    print("\nparameters   " + "".join(f"{method:<13}" for method in methods))
+    print("\nparameters    " + "".join(f"{method:<13}" for method in methods))
     for model in MODELS:
         with torch.device("meta"):  # shapes without memory
             counts = [sum(p.numel() for p in create(model, method).parameters()) for method in methods]
-        print(f"{model:<13}" + "".join(f"{count:<13,}" for count in counts))
+        print(f"{model:<14}" + "".join(f"{count:<13,}" for count in counts))
 
 
 if __name__ == "__main__":

@@ -232,6 +232,7 @@ def test_presets_are_the_recipes():
         "vit-lite": dict(small, patch_size=4, dim=256, depth=7, heads=4, qkv_bias=False, norm_eps=1e-5, attn_drop=0.1,
                          block_type="renorm", init="vit-lite", pe_std=0.2),
     }
+    presets["vit-lite-mini"] = dict(presets["vit-lite"], dim=96)
     default = {name: inspect.signature(ViT).parameters[name].default for name in (*deit, "dim", "heads")}
     assert {name: {**default, **row} for name, row in MODELS.items()} == presets
 
@@ -1445,9 +1446,16 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
     assert cli(*flags, "--name", "whole", data=data).code == 0
     seconds, random, ends = log_of(tmp_path / "whole")[-1]["seconds"], Random(0), []
     flags = ["--data", data, "--device", "cpu", "--runs", tmp_path, *flags, "--name", "killed", "--resume"]
+    log = tmp_path / "killed" / "log.jsonl"
+
+    def epochs():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
     while 0 not in ends:
-        process = start(flags)
-        time.sleep(seconds * random.uniform(0.1, 0.35))
+        process, until = start(flags), epochs() + random.choice((0, 1))
+        while process.is_alive() and epochs() < until:
+            time.sleep(0.01)
+        time.sleep(seconds / 5 * random.random())                               # within the next epoch, more or less
         if process.is_alive():
             if len(ends) == 1:                                                  # nobody else may train there
                 one_line(cli(*flags, data=data), "another process is training in")
