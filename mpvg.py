@@ -1,8 +1,9 @@
 """MPVG: position embedding (PE) for Vision Transformers with global average pooling (GAP), in one file.
 
 A ViT adds a learned PE to its tokens once, before block 0. LaPE delivers it to the attention of every block instead,
-through a LayerNorm of its own ("layer-wise"). This helps with a class token and hurts with GAP. MPVG repairs it: the
-initial PE, through one more LayerNorm, is added to the output of the last LayerNorm.
+through a LayerNorm of its own ("layer-wise"). The paper reports that this helps with a class token and hurts with GAP.
+For GAP it keeps the PE at the input and delivers it from block 1 on (PVG), and adds the initial PE, through one more
+LayerNorm, to the output of the last LayerNorm (MPVG).
 
     pos_0   = pos_embed                                   the PE as it is learned, (1, N, D)
     x_0     = patch_embed(image) + pos_0                  LaPE: without pos_0

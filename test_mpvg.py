@@ -2451,32 +2451,61 @@ def test_the_python_of_readme_and_guide_runs(trained, tmp_path, monkeypatch):
     assert torch.equal(shown["model"].head.weight, load(trained[0])["model"]["head.weight"])
 
 
-def test_the_guides_timm_model_is_mpvg():
-    timm = pytest.importorskip("timm", exc_type=ImportError)
-    exec(code(GUIDE, "VisionTransformer"), shown := {})
-    assert shown["logits"].shape == (2, 1000) and timm.__version__
-    sizes, ours = dict(depth=3, img_size=32, embed_dim=192, num_heads=3), tiny("mpvg", **MODELS["deit-tiny"] | dict(
-        depth=3, image_size=32, patch_size=16, num_classes=1000, mlp_ratio=4.0))
-    model = shown["MPVG"](**sizes).double().eval()
-    model.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(model(images(size=(32, 32))), ours(images(size=(32, 32))), rtol=1e-10, atol=1e-10)
+def run_code(words, old="", new=""):
+    """Runs the guide's block of Python that has these words, with `new` in place of `old` -> its names."""
+    exec(code(GUIDE, words).replace(old, new), names := {})
+    return names
 
 
-@pytest.mark.parametrize("words", ["MaskRCNN", "pixel_shuffle", "SwinMPVG"])
-def test_the_guides_other_models_train(words):
-    with contextlib.redirect_stdout(out := io.StringIO()):
-        exec(code(GUIDE, words).replace("range(200)", "range(40)"), shown := {})
-    if words == "MaskRCNN":
-        assert out.getvalue() == "tensor(True)\n" and len(shown["losses"]) == 5
-    elif words == "pixel_shuffle":
-        assert shown["iou"] > 1.5 * shown["true"].float().mean()
-    else:
-        tables = sum((64 // 4 // 2 ** i) ** 2 * 96 * 2 ** i for i in range(4))
-        norms = 2 * 96 * (2 * 1 + 2 * 2 + 6 * 4 + 2 * 8 + 8)
-        assert out.getvalue() == f"{tables + norms:,} more parameters\n" == "56,448 more parameters\n"
-        assert all(parameter.grad.abs().sum() > 0 for parameter in shown["model"].parameters())
-        large = sum((224 // 4 // 2 ** i) ** 2 * 96 * 2 ** i for i in range(4)) + norms
-        assert f"{large:,}" in GUIDE
+def randomise(model):
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.double().eval()
+
+
+def test_timm_subclass_equals_mpvg():
+    pytest.importorskip("timm", exc_type=ImportError)
+    names, x = run_code("(VisionTransformer)"), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert names["logits"].shape == (2, 1000)
+    theirs = randomise(names["MPVG"](img_size=32, embed_dim=192, depth=3, num_heads=3))
+    ours = load_weights(create("deit-tiny", "mpvg", image_size=32, depth=3).double().eval(), theirs.state_dict())
+    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-10, atol=1e-10)
+
+
+def test_detection_trains_the_position_embedding():
+    names = run_code("MaskRCNN")
+    vit, x = names["vit"], torch.randn(1, 3, 64, 64)
+    assert len(names["losses"]) == 5 and all(p.grad.norm() > 0 for p in (vit.pos_embed, vit.blocks[1].pe_norm.weight))
+    assert names["detector"].eval()([torch.rand(3, 40, 70)])[0]["masks"].shape[2:] == (40, 70)
+    last = vit.eval().forward_features(x) - fold(vit).forward_features(x)       # each place has its own row
+    torch.testing.assert_close(last, vit.pe_norm(vit.pos_embed), rtol=0, atol=1e-4)
+
+
+def test_segmentation_learns_the_ink():
+    names = run_code("pixel_shuffle", "range(200)", "range(60)")
+    assert names["iou"] > 0.45 > 2 * names["ink"].float().mean()                # everything ink: 0.15
+    with names["patch"]("torch.randn", lambda *shape, **_: torch.zeros(shape)):
+        clean, _ = names["numbers"](100, seed=3)
+    assert (clean[:, :, :2] == clean[:, :, :1, :1]).all()                       # neither noise nor ink
+
+
+def test_swin_is_torchvisions_with_a_pe_in_each_stage():
+    model, x = randomise(run_code("SwinMPVG")["model"]), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    plain = torchvision.models.swin_t(num_classes=10).double().eval()
+    new = plain.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+    for i, e in enumerate(model.pos_embed):
+        plain.features[2 * i].register_forward_hook(lambda _, __, y, e=e: y + e)
+        for block, own in zip(plain.features[2 * i + 1], model.features[2 * i + 1]):
+            e = own.pe_norm(e)
+            block.norm1.register_forward_hook(lambda _, __, y, e=e: y + e)
+    plain.norm.register_forward_hook(lambda _, __, y: y + model.pe_norm(model.pos_embed[3]))
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-10, atol=1e-10)
+    model(x).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    norms = 2 * 96 * (2 * 1 + 2 * 2 + 6 * 4 + 2 * 8 + 8)
+    small, large = (norms + sum((size // 4 >> i) ** 2 * (96 << i) for i in range(4)) for size in (64, 224))
+    assert sum(model.get_parameter(name).numel() for name in new) == small
+    assert f"{small:,} in all for 64-pixel images, {large:,} for 224" in GUIDE
 
 
 def commands(text):
