@@ -348,6 +348,16 @@ def fit_pos_embed(table, new_grid, prefix, old_grid):
     return resize_pos_embed(table, old_grid or (side, side), new_grid, prefix)
 
 
+def state_dict_of(checkpoint):
+    """-> the state dict in what a training program has saved. Raises ValueError where there is none."""
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"load_weights takes a path or a state dict, not a {type(checkpoint).__name__}")
+    return checkpoint
+
+
 def drop_cls_token(model, state):
     """-> weights trained with a class token, for a GAP model: without the token and its PE row, PE norms at 0."""
     has_both = "cls_token" in state and getattr(state.get("pos_embed"), "ndim", 0) == 3
@@ -369,12 +379,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_cls=False
     PE norms that the file lacks start at gamma = beta = 0, so that the model starts as `gap` with these weights. Raises
     ValueError with every missing, unexpected or misshapen key; the model is then unchanged.
     """
-    state = read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise ValueError(f"load_weights takes a path or a state dict, not a {type(state).__name__}")
+    state = state_dict_of(read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source)
     state, own = drop_cls_token(model, state) if from_cls else dict(state), model.state_dict()
     prefix = int("cls_token" in state)
     for name in {"pos_embed", "last_pos_embed"} & own.keys() & state.keys():

@@ -1369,6 +1369,9 @@ def test_init_from_a_class_tokens_weights(cli, tmp_path):
                     for part in ("weight", "bias"))
     assert f"starts from {first}, without its class token, new and 0: {new}, with its head" in result.out, result.err
     one_line(cli("--method", "mpvg", "--init", first, "--freeze", "--name", "probe"), "leave --freeze out")
+    torch.save({"state_dict": load(first)["model"]}, tmp_path / "other.pt")
+    result = cli("--method", "gap", "--epochs", 1, "--init", tmp_path / "other.pt", "--freeze", "--name", "probe")
+    assert "other.pt, without its class token, with its head" in result.out, result.err
 
 
 def deit(dim=192):
@@ -1752,8 +1755,9 @@ def test_student_t():
     for n, alpha, t in ((2, 0.05, 12.706), (5, 0.05, 2.776), (26, 0.05, 2.060), (101, 0.05, 1.984), (4, 0.0125, 5.392)):
         values = torch.linspace(-1, 1, n).double()
         values = (values / values.std() * n ** 0.5).tolist()
-        assert train.interval(values, alpha) == pytest.approx(t, rel=5e-4)
-        assert train.p_value([value + t for value in values]) == pytest.approx(alpha, rel=2e-3)
+        assert train.t_test(values, alpha)[0] == pytest.approx(t, rel=5e-4)
+        assert train.t_test([value + t for value in values])[1] == pytest.approx(alpha, rel=2e-3)
+    assert train.t_test([1.0, 1.0, 1.0])[0] == 0 and train.t_test([-1.0, 0.0, 1.0])[1] == 1
 
 
 def test_contrasts(tmp_path):
@@ -1781,7 +1785,16 @@ def test_contrasts(tmp_path):
     for seed in range(3):
         write_run(tmp_path / f"worse{seed}", [60.0 + 2 * seed], method="lape", seed=seed)
     worse = rows_of(report(tmp_path, *tmp_path.glob("default*"), *tmp_path.glob("worse*")).out)
-    assert worse[-1][1:2] + worse[-1][3:5] == ["3", "95.00", "disagrees"]
+    assert worse[-1][1:2] + worse[-1][3:5] == ["3", "98.75", "disagrees"]       # one of four claims, still
+
+
+def test_runs_with_init_are_one_setting(tmp_path):
+    for method, seed in itertools.product(("gap", "mpvg"), range(3)):
+        init = f"a/b/{method}-x-seed{seed}"
+        write_run(tmp_path / f"{method}{seed}", [70.0 + seed], method=method, seed=seed, init=init)
+    result = report(tmp_path, *sorted(tmp_path.glob("*[0-9]")))
+    assert [row[:2] for row in rows_of(result.out)[2:]] == [["gap", "3"], ["mpvg", "3"]], result.err
+    assert "init METHOD-x-seedN" in result.out
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
@@ -1918,6 +1931,13 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path, monkeypat
     assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "figures").iterdir())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "the figures need matplotlib: pip install matplotlib" in report(tmp_path, folder).out
+
+
+@pytest.mark.parametrize("flags", [["--method=mpvg-shift"], ["--method=default"], ["--pe=none", "--pool=gap"]])
+def test_report_measures_every_kind_of_model(cli, tmp_path, flags):
+    assert cli(*flags, "--epochs", 1, "--name", "run").code == 0
+    result = report(tmp_path, tmp_path / "run")
+    assert result.code == 0 and "index read from x" in result.out, result.err
 
 
 def test_report_passes_over_a_run_whose_data_are_not_there(trained, tmp_path, monkeypatch):
