@@ -1782,6 +1782,9 @@ def test_contrasts(tmp_path):
         row("mpvg - pvg", mpvg_ - 5, 3.182, "95.00", "inconclusive", "+0.20", "vit-lite", "inside"),  # as Holm stopped
         row("mpvg - default", mpvg_, 5.392, "98.75", "agrees", "+1.97", "vit-lite", "outside"),
         row("pvg - lape-gap", 5 - lape_gap, 3.182, "95.00", "", "+0.93", "deit-tiny", "outside")]
+    for method, seed in itertools.product(("default", "lape"), range(3)):        # the paper has no numbers
+        write_run(tmp_path / "numbers" / f"{method}{seed}", [50.0 + seed], data="numbers", method=method, seed=seed)
+    assert ": contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
     for seed in range(3):
         write_run(tmp_path / f"worse{seed}", [60.0 + 2 * seed], method="lape", seed=seed)
     worse = rows_of(report(tmp_path, *tmp_path.glob("default*"), *tmp_path.glob("worse*")).out)

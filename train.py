@@ -1095,10 +1095,10 @@ def initialise(model, path, config):
     """Loads another run's weights, or any checkpoint that mpvg.load_weights takes. -> what was left out or is new."""
     try:
         checkpoint = read_checkpoint(path / "last.pt" if path.is_dir() else path)
-        own, own_names = {name: value.clone() for name, value in model.head.state_dict().items()}, model.state_dict()
+        own = {name: value.clone() for name, value in model.head.state_dict().items()}
         state = state_dict_of(checkpoint)
         from_cls = model.cls_token is None and "cls_token" in state
-        new = [name for name in own_names if name not in state and not name.startswith("head")] if from_cls else []
+        new = [name for name in model.state_dict() if from_cls and name not in state and not name.startswith("head")]
         if new and config["freeze"]:
             raise ValueError("its PE norms start at 0 and have to learn: leave --freeze out")
         load_weights(model, checkpoint, new_head=True, from_cls=from_cls)
@@ -1136,7 +1136,7 @@ def sweep(
         if shared.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> command line
-    for seed, method in itertools.product(range(seeds), methods.split(",")):  # stopped early, whole seeds are done
+    for seed, method in itertools.product(range(seeds), methods.split(",")):  # a stopped sweep has complete seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
         if not method:
@@ -1319,6 +1319,10 @@ def contrasts(methods):
     The intervals are of 95 %, but the paper's four claims share an alpha of 0.05 by Holm's procedure: 0.05 / 4 for the
     smallest p-value, 0.05 / 3 for the next, ..., and after the first that is inconclusive the others are, too.
     """
+    config = next(iter(next(iter(methods.values())).values())).config
+    own = config["model"]
+    if config["data"] == "numbers" or config["init"]:                # nothing in the paper compares with these
+        return []
     tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in methods.items() if seed in runs}
               for seed in sorted(set().union(*methods.values()))]
     values = {name: contrast_values(name, tables) for name in (CONFLICT, *CLAIMS, *OTHERS)}
@@ -1328,7 +1332,7 @@ def contrasts(methods):
     half = {name: t_test(values[name], alpha[name])[0] for name in values}
     exclude_0 = {name for name in values if abs(mean(values[name])) > half[name]}
     exclude_0 -= set(itertools.dropwhile(exclude_0.__contains__, claims))
-    own, found = next(iter(next(iter(methods.values())).values())).config["model"], []
+    found = []
     for name in values:
         papers = [(value, model) for (model, _), table in sorted(PAPER.items(), key=lambda item: item[0][0] != own)
                   for value in contrast_values(name, [table])]       # of this model, if the paper has it
