@@ -338,14 +338,16 @@ def read_checkpoint(path):
 
 def fit_pos_embed(table, new_grid, prefix, old_grid):
     """-> a checkpoint's PE table on the model's grid; unchanged where only the caller can know the old grid."""
-    rows = table.shape[1] - prefix
-    side = math.isqrt(max(rows, 0))
-    fits, square = rows == math.prod(new_grid), rows > 0 and side ** 2 == rows
-    if old_grid is None and fits and square and new_grid != (side, side):
-        raise ValueError(f"the PE may be of a {side}x{side} or {new_grid[0]}x{new_grid[1]} grid: pass old_grid=(h, w)")
-    if old_grid is None and (fits or not square):
-        return table
-    return resize_pos_embed(table, old_grid or (side, side), new_grid, prefix)
+    if old_grid is None:
+        rows = table.shape[1] - prefix
+        side = math.isqrt(max(rows, 0))
+        fits, square = rows == math.prod(new_grid), rows > 0 and side ** 2 == rows
+        if fits and square and new_grid != (side, side):
+            raise ValueError(f"the PE may be {side}x{side} or {new_grid[0]}x{new_grid[1]} patches: give old_grid")
+        if fits or not square:
+            return table
+        old_grid = side, side
+    return resize_pos_embed(table, old_grid, new_grid, prefix)
 
 
 def state_dict_of(checkpoint):

@@ -95,7 +95,10 @@ def mlp(x, p, name):
 
 def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True, add_input=True, block_type="prenorm",
               patch=4, depth=3, heads=2, **_):
-    """PAPER.md's table and toggles, read off line by line. -> (tokens after the last norm and its PE, logits)."""
+    """PAPER.md's table and toggles, read off line by line.
+
+    -> tokens after the last norm and its PE; logits; (x_l, LN_l(x_l), its PE or None) of each block and the last norm.
+    """
     pieces = img.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5)   # (B, h, w, C, p, p)
     x = pieces.flatten(3).flatten(1, 2) @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
     if pool == "cls":
@@ -103,28 +106,30 @@ def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True
     pos_0 = p.get("pos_embed")
     if pe == "absolute" or (pe == "layerwise" and add_input):
         x = x + pos_0
-    e = {}
+    e, places = {}, []
     for i in range(depth):
-        attention_input = layer_norm(x, p, f"blocks.{i}.norm1")
+        y = layer_norm(x, p, f"blocks.{i}.norm1")
         if pe == "layerwise" and (i >= 1 or layer0):
             source = e[i - 1] if hierarchical and i - 1 in e else pos_0
             e[i] = layer_norm(source, p, f"blocks.{i}.pe_norm")
-            attention_input = attention_input + e[i]
-        x = x + msa(attention_input, p, f"blocks.{i}.attn", heads)
+        places.append((x, y, e.get(i)))
+        x = x + msa(y + e.get(i, 0), p, f"blocks.{i}.attn", heads)
         if block_type == "renorm":
             x = layer_norm(x, p, f"blocks.{i}.norm2")
             x = x + mlp(x, p, f"blocks.{i}.mlp")
         else:
             x = x + mlp(layer_norm(x, p, f"blocks.{i}.norm2"), p, f"blocks.{i}.mlp")
-    y = layer_norm(x, p, "norm")
+    y, last = layer_norm(x, p, "norm"), None
     if last_pe == "shift":
-        y = y + p["last_shift"]
+        last = p["last_shift"]
     elif last_pe == "free":
-        y = y + layer_norm(p["last_pos_embed"], p, "pe_norm")
+        last = layer_norm(p["last_pos_embed"], p, "pe_norm")
     elif last_pe is not None:
-        y = y + layer_norm(pos_0 if last_pe == 0 else e[last_pe], p, "pe_norm")
+        last = layer_norm(pos_0 if last_pe == 0 else e[last_pe], p, "pe_norm")
+    places.append((x, y, last))
+    y = y if last is None else y + last
     z = y[:, 0] if pool == "cls" else y.mean(1)
-    return y, z @ p["head.weight"].T + p["head.bias"]
+    return y, z @ p["head.weight"].T + p["head.bias"], places
 
 
 def every_toggle():
@@ -147,20 +152,9 @@ def test_every_method_and_toggle_equals_the_equations(extra):
     x = images()
     for toggles in every_toggle():
         model = tiny(None, **toggles, **extra)
-        y, logits = equations(model.state_dict(), x, **toggles, **extra)
+        y, logits, _ = equations(model.state_dict(), x, **toggles, **extra)
         torch.testing.assert_close(model.forward_features(x), y, rtol=1e-10, atol=1e-10, msg=str(toggles))
         torch.testing.assert_close(model(x), logits, rtol=1e-10, atol=1e-10, msg=str(toggles))
-
-
-def test_what_is_delivered():
-    model = tiny("mpvg")
-    delivered = model.delivered_pe()
-    assert [None if e is None else tuple(e.shape) for e in delivered] == [None, (1, 6, 16), (1, 6, 16)]
-    assert model.last_norm_pe(delivered).shape == (1, 6, 16)
-    model = tiny("lape")
-    assert [tuple(e.shape) for e in model.delivered_pe()] == [(1, 7, 16)] * 3
-    assert model.last_norm_pe(model.delivered_pe()) is None
-    assert tiny("default").delivered_pe() == [None] * 3
 
 
 def test_sincos_is_a_fixed_2d_table():
@@ -444,39 +438,21 @@ def test_a_seed_gives_all_methods_the_same_weights():
     assert all(torch.equal(table, gap[0]) for table in gap)
 
 
-def test_model_options_reach_the_model():
-    model = ViT(image_size=(8, 20), patch_size=4, in_channels=2, num_classes=3, dim=8, depth=2, heads=2, mlp_ratio=3,
-                qkv_bias=False, norm_eps=0.1, pool="gap", last_pe=0)
-    assert model.grid == (2, 5) and model.pos_embed.shape == (1, 10, 8) and model.cls_token is None
-    assert model.blocks[0].mlp.fc1.weight.shape == (24, 8) and model.blocks[0].attn.qkv.bias is None
-    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)} == {0.1}
-    assert model(torch.randn(1, 2, 8, 20)).shape == (1, 3)
-    assert model.forward_features(torch.randn(1, 2, 8, 20)).shape == (1, 10, 8)
-    assert create("vit-nano", "mpvg", pe_init="sincos", num_classes=7)(torch.randn(1, 3, 32, 32)).shape == (1, 7)
-
-
 @pytest.mark.parametrize("options, says", [
     (dict(pool="cls", last_pe=0), "use pool='gap'"),
     (dict(pool="gap", pe="none", last_pe=0), "last_pe=0 names a PE that pe='none' does not have"),
     (dict(pool="gap", pe="absolute", last_pe=1), "use pe='layerwise'"),
     (dict(pool="gap", pe="layerwise", last_pe=3), "choose from None, 0 to 2"),
     (dict(pool="gap", pe="layerwise", last_pe=-1), "unknown last_pe -1"),
-    (dict(pool="gap", pe="layerwise", last_pe=1.0), "unknown last_pe 1.0"),
-    (dict(pool="gap", pe="layerwise", last_pe="first"), "unknown last_pe 'first'"),
     (dict(pe="absolute", layer0=True), "leave them out with pe='absolute'"),
-    (dict(pe="absolute", add_input=False), "leave them out with pe='absolute'"),
     (dict(pe="layerwise", layer0="no"), "unknown layer0 'no': choose from True, False"),
     (dict(image_size=(8, 10)), "8x10 is not divisible"),
     (dict(image_size=(3, 8, 8)), "image_height=(3, 8, 8) is not a positive whole number"),
-    (dict(image_size=(8, 12.0)), "image_width=12.0 is not a positive"),
     (dict(dim=18, heads=4), "dim 18 is not divisible by heads 4"),
     (dict(dim=6, heads=2, pe_init="sincos"), "by 4 for pe_init='sincos'"),
     (dict(heads=True), "heads=True is not a positive"),
-    (dict(mlp_ratio="4"), "mlp_ratio='4' is not a positive number"),
     (dict(norm_eps=math.nan), "norm_eps=nan is not a positive number"),
-    (dict(pe_std=0), "pe_std=0 is not a positive number"),
     (dict(drop_path=1.0), "drop_path=1.0 is not in [0, 1)"),
-    (dict(drop_path=None), "drop_path=None is not in [0, 1)"),
     (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none"),
 ], ids=str)
 def test_impossible_options_say_what_to_do(options, says):
@@ -493,32 +469,22 @@ def test_unknown_names_and_shapes():
         create("vit-nano", "mpvg", dropout=0.1)
     with pytest.raises(ValueError, match=re.escape("(4, 3, 8, 8), not (B, *(3, 8, 12))")):
         tiny()(images(size=(8, 8)))
+    assert tiny(in_channels=2)(images()[:, :2]).shape == (4, 5)
 
 
 # --------------------------------------------------------------------------------------- resizing and loading weights
 
 def test_resize_pos_embed():
-    table = torch.randn(1, 1 + 16, 6, dtype=torch.float64)
+    """Pillow's bicubic resampling, to smaller and larger grids; rows before the grid stay."""
+    table = torch.randn(1, 1 + 16, 6)
     assert resize_pos_embed(table, (4, 4), (4, 4), prefix=1) is table
-    other = resize_pos_embed(table[:, 1:], (2, 8), (4, 4))
-    assert other.shape == (1, 16, 6) and not torch.allclose(other, table[:, 1:])
-    larger = resize_pos_embed(table, (2, 8), (5, 7), prefix=1)
-    assert larger.shape == (1, 36, 6) and torch.equal(larger[:, 0], table[:, 0])
-
-    flat = torch.ones(1, 6, 1).double() * 3
-    torch.testing.assert_close(resize_pos_embed(flat, (2, 3), (7, 5)), torch.full((1, 35, 1), 3.0).double())
-    swap = table[:, 1:].view(1, 2, 8, 6).transpose(1, 2).flatten(1, 2)          # axes are not mixed up
-    a = resize_pos_embed(table[:, 1:], (2, 8), (3, 5)).view(1, 3, 5, 6)
-    b = resize_pos_embed(swap, (8, 2), (5, 3)).view(1, 5, 3, 6)
-    torch.testing.assert_close(a, b.transpose(1, 2))
-    rows = torch.linspace(0, 1, 16).double().view(1, 16, 1, 1).expand(1, 16, 4, 1).flatten(1, 2)
-    small = resize_pos_embed(rows, (16, 4), (8, 4)).view(8, 4)                  # a slope stays a slope, along rows only
-    torch.testing.assert_close(small, small[:, :1].expand(8, 4))
-    assert (small.diff(dim=0) > 0.05).all()
-    image = Image.fromarray(table[0, 1:, 0].view(4, 4).float().numpy()).resize((3, 2), Image.Resampling.BICUBIC)
-    mine = resize_pos_embed(table[:, 1:].float(), (4, 4), (2, 3))[0, :, 0].view(2, 3)
-    torch.testing.assert_close(mine, torch.from_numpy(np.array(image)), rtol=1e-4, atol=1e-4)  # Pillow's, independent
-    assert resize_pos_embed(table.bfloat16(), (4, 4), (2, 2), prefix=1).dtype == torch.bfloat16
+    for old, new in (((4, 4), (2, 3)), ((2, 8), (3, 5)), ((2, 8), (5, 7)), ((2, 8), (4, 4)), ((8, 2), (3, 5))):
+        mine = resize_pos_embed(table, old, new, prefix=1)
+        image = Image.fromarray(table[0, 1:, 0].view(old).numpy()).resize(new[::-1], Image.Resampling.BICUBIC)
+        assert torch.equal(mine[:, 0], table[:, 0])
+        torch.testing.assert_close(mine[0, 1:, 0].view(new), torch.from_numpy(np.array(image)), rtol=1e-4, atol=1e-4)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert resize_pos_embed(table.to(dtype), (4, 4), (2, 2), prefix=1).dtype == dtype
     for old_grid, says in (((4, 4), "17 rows is not 0 [+] 4x4"), (4, r"grids are \(h, w\) in patches, not 4")):
         with pytest.raises(ValueError, match=says):
             resize_pos_embed(table, old_grid, (2, 2))
@@ -576,6 +542,9 @@ def test_load_weights_names_every_misfit():
                  "blocks.0.attn.proj.bias is (3,), the model's (16,)"):
         assert part in str(error.value)
     assert "new_head" not in str(error.value)
+    for value in (np.zeros((1, 6, 16)), 3, None, torch.zeros(1, 0, 16), torch.zeros(16)):      # no weight at all
+        with pytest.raises(ValueError, match="pos_embed is"):
+            load_weights(model, {**tiny("mpvg", seed=3).state_dict(), "pos_embed": value})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="unexpected cls_token .from_cls=True drops it.*pos_embed is") as error:
         load_weights(tiny("gap"), tiny("default").state_dict())
@@ -584,16 +553,6 @@ def test_load_weights_names_every_misfit():
         load_weights(tiny("default"), {**tiny("default").state_dict(), "dist_token": torch.zeros(1),
                                        "pos_embed": torch.zeros(1, 8, 16)})
     assert "pos_embed is (1, 8, 16), the model's (1, 7, 16) (old_grid" in str(error.value)
-
-
-@pytest.mark.parametrize("value", [np.zeros((1, 6, 16)), 3, None, torch.zeros(1, 0, 16), torch.zeros(16)],
-                         ids=["array", "number", "None", "empty", "vector"])
-def test_load_weights_refuses_what_is_no_weight(value):
-    model = tiny("mpvg")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="pos_embed is"):
-        load_weights(model, {**tiny("mpvg", seed=3).state_dict(), "pos_embed": value})
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_load_weights_replaces_the_head_only_when_asked():
@@ -608,31 +567,21 @@ def test_load_weights_replaces_the_head_only_when_asked():
 
 
 @pytest.mark.parametrize("method", ["default", "lape", "mpvg", "mpvg-free"])
-def test_load_weights_resizes_the_pe(method):
-    square, wide = tiny(method, image_size=8), tiny(method, seed=5)             # 2x2 and 2x3 patches
-    load_weights(wide, square.state_dict())
-    prefix = int("cls_token" in square.state_dict())
-    for name in {"pos_embed", "last_pos_embed"} & square.state_dict().keys():
-        expected = resize_pos_embed(square.state_dict()[name], (2, 2), (2, 3), prefix)
-        assert torch.equal(wide.state_dict()[name], expected)
-    larger = tiny(method, seed=6, image_size=16)                                # 2x3 -> 4x4: has to be told
-    with pytest.raises(ValueError, match="old_grid"):
-        load_weights(larger, wide.state_dict())
+@pytest.mark.parametrize("old, new, untold", [
+    ((2, 2), (2, 3), ""), ((2, 3), (4, 4), "old_grid"), ((2, 3), (3, 2), ""),
+    ((4, 4), (2, 8), "PE may be 4x4 or 2x8 patches"), ((2, 8), (2, 8), "PE may be 4x4 or 2x8 patches")])
+def test_load_weights_resizes_the_pe(method, old, new, untold):
+    source = tiny(method, image_size=(4 * old[0], 4 * old[1])).state_dict()
+    model = tiny(method, seed=5, image_size=(4 * new[0], 4 * new[1]))
     with pytest.raises(ValueError, match="give old_grid"):
-        load_weights(larger, wide.state_dict(), old_grid=(3, 3))
-    load_weights(larger, wide.state_dict(), old_grid=(2, 3))
-    assert torch.equal(larger.pos_embed, resize_pos_embed(wide.pos_embed, (2, 3), (4, 4), prefix))
-    tall = tiny(method, seed=7, image_size=(12, 8))                             # 2x3 -> 3x2: as many rows
-    load_weights(tall, wide.state_dict(), old_grid=(2, 3))
-    assert torch.equal(tall.pos_embed, resize_pos_embed(wide.pos_embed, (2, 3), (3, 2), prefix))
-    assert not torch.equal(tall.pos_embed, wide.pos_embed)
-    long = tiny(method, seed=8, image_size=(8, 32))                             # 4x4 or its own 2x8? 16 rows both
-    with pytest.raises(ValueError, match="PE may be of a 4x4 or 2x8 grid"):
-        load_weights(long, larger.state_dict())
-    load_weights(long, larger.state_dict(), old_grid=(4, 4))
-    assert torch.equal(long.pos_embed, resize_pos_embed(larger.pos_embed, (4, 4), (2, 8), prefix))
-    again = load_weights(tiny(method, seed=9, image_size=(8, 32)), long.state_dict(), old_grid=(2, 8))
-    assert torch.equal(again.pos_embed, long.pos_embed)
+        load_weights(model, source, old_grid=(3, 3))
+    if untold:
+        with pytest.raises(ValueError, match=untold):
+            load_weights(model, source)
+    load_weights(model, source, old_grid=None if old == (2, 2) else old)        # a square needs no telling
+    for name in {"pos_embed", "last_pos_embed"} & source.keys():
+        expected = resize_pos_embed(source[name], old, new, prefix=int("cls_token" in source))
+        assert torch.equal(model.state_dict()[name], expected)
 
 
 @pytest.mark.parametrize("method", ["gap", "pvg", "mpvg", "mpvg-shift"])
@@ -643,7 +592,7 @@ def test_load_weights_starts_a_gap_model_from_a_class_tokens_weights(method):
     assert load_weights(model, {"model": source}, from_cls=True) is model and "cls_token" in source
     p = {name: value for name, value in source.items() if name != "cls_token"}
     p["pos_embed"] = p["pos_embed"][:, 1:]
-    _, logits = equations(p, images(), pe="absolute", pool="gap")
+    logits = equations(p, images(), pe="absolute", pool="gap")[1]
     torch.testing.assert_close(model(images()), logits, rtol=1e-10, atol=1e-10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(50):                                                      # the PE norms learn one after the other
@@ -1098,16 +1047,13 @@ def test_fraction_is_balanced_and_chosen_by_seed(monkeypatch):
 
 # --------------------------------------------------------------------------------------------------- train.py: runs
 
-@pytest.fixture(autouse=True)
-def small_data():
-    """Both data sets in memory in small: 200 training and 40 test images."""
-    def load(root, train):
-        return make_numbers(200, 1) if train else make_numbers(40, 2)
+def small_data(root, train):
+    """In place of numbers and CIFAR-100: 200 training and 40 test images."""
+    return make_numbers(200, 1) if train else make_numbers(40, 2)
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("numbers", "cifar100"):
-            patch.setitem(train.DATASETS, name, dataclasses.replace(train.DATASETS[name], load=load))
-        yield
+
+for _name in ("numbers", "cifar100"):
+    train.DATASETS[_name] = dataclasses.replace(train.DATASETS[_name], load=small_data)
 
 
 @pytest.fixture
@@ -1140,12 +1086,8 @@ MPVG = "mpvg-vit-nano-numbers-seed0"
 def trained(tmp_path_factory):
     """The folder of a finished run of three epochs on 200 numbers, and what it printed."""
     runs = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        small = dataclasses.replace(train.DATASETS["numbers"], load=lambda root, train: make_numbers(
-            200 if train else 40, 1 if train else 2))
-        patch.setitem(train.DATASETS, "numbers", small)
-        result = run_cli(train.main, "--device", "cpu", "--runs", runs, "--epochs", 3, "--lr", 0.01, "--batch-size", 20,
-                         "--pe", "layerwise", "--pool", "gap", "--mpvg")
+    result = run_cli(train.main, "--device", "cpu", "--runs", runs, "--epochs", 3, "--lr", 0.01, "--batch-size", 20,
+                     "--pe", "layerwise", "--pool", "gap", "--mpvg")
     assert result.code == 0, result.err
     return runs / MPVG, result.out
 
@@ -1171,19 +1113,12 @@ def test_a_run_leaves_its_record(trained):
 
 
 def test_evaluate_pads_the_last_batch():
-    seen, model = [], create("vit-nano", "mpvg").eval()
-    x, y = make_numbers(50, 2)
-
-    class Watched(torch.nn.Module):
-        def forward(self, images):
-            seen.append(images.shape)
-            return model(images)
-
-    test = train.ArrayData(x, y)
+    model, (x, y), seen = create("vit-nano", "mpvg").eval(), make_numbers(50, 2), []
+    logits, test = model((x / 255 - 0.5) / 0.3), train.ArrayData(x, y)
     test.test_batches = partial(test.test_batches, size=16)
-    found = train.evaluate(Watched(), test, dict(precision="fp32", data="numbers"), torch.device("cpu"))
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    found = train.evaluate(model, test, dict(precision="fp32", data="numbers"), torch.device("cpu"))
     assert seen == [(16, 3, 32, 32)] * 4
-    logits = model((x / 255 - 0.5) / 0.3)
     assert found == dict(test_accuracy=pytest.approx((logits.argmax(1) == y).float().mean().item() * 100),
                          test_loss=pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5))
 
@@ -1286,18 +1221,14 @@ def standard_weights():
     return {}
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path, standard_weights, name):
+@pytest.mark.parametrize("name, value", CHANGES.items())
+def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path, standard_weights, name, value):
     assert {*CHANGES} == {field.name for field in dataclasses.fields(train.Recipe)}
-    flags = ["--model", "vit-nano", "--epochs", 3, "--batch-size", 50, "--name", "run", "--overwrite"]
+    flags = ["--model", "vit-nano", "--name", "run", "--overwrite", "--recipe"]
     if not standard_weights:
-        assert cli(*flags, data="cifar100").code == 0
+        assert cli(*flags, "epochs=3,batch_size=50", data="cifar100").code == 0
         standard_weights.update(load(tmp_path / "run"))
-    value = CHANGES[name]
-    flag = ["--" + name.replace("_", "-"), value]
-    if name not in ("epochs", "batch_size", "lr"):
-        flag = ["--recipe", f"{name}={json.dumps(value).strip(chr(34))}"]
-    result = cli(*flags, *flag, data="cifar100")
+    result = cli(*flags, f"epochs=3,batch_size=50,{name}={value}", data="cifar100")
     assert result.code == 0, result.err
     config, standard = load(tmp_path / "run")["config"], standard_weights["config"]
     assert config[name] == value != standard[name]
@@ -1414,12 +1345,15 @@ def test_a_run_on_files(files, cli, tmp_path):
     last = log_of(folder)[-1]
     assert last["unreadable"] >= 2 and load(folder)["config"]["num_classes"] == 3
     evaluation = partial(run_cli, train.main, "eval", folder, "--device", "cpu", "--data-dir", files)
-    assert f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 15 images" in evaluation().out
+    assert f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 13 images" in evaluation().out
     for other in (["--image-size", 40], ["--crop-ratio", 1]):
         result = evaluation(*other)
         assert result.code == 0 and f"loss {last['test_loss']:.4f}" not in result.out
     assert run_cli(train.main, "report", folder, "--data-dir", files, "--out", tmp_path / "figures").code == 0
     assert json.loads((folder / "mechanism.json").read_text())["cosine"] <= 1
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    shutil.copy(next((files / "val").glob("*/*.JPEG")), tmp_path / "val" / "a" / "x.JPEG")
+    one_line(evaluation("--data-dir", tmp_path), "val has 1 classes, the model 3: --data-dir names")
 
 
 # ------------------------------------------------------------------------------------- train.py: runs that survive
@@ -1486,13 +1420,15 @@ def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
     (folder / "last.pt.tmp").write_bytes(b"of a killed save")
     (folder / "mine.tmp").touch()
     again = cli(*flags, "--resume")
-    assert again.code == 0 and "goes on after epoch 1" in again.out and log_of(folder) == log
+    assert again.code == 0 and "resumes after epoch 1" in again.out and log_of(folder) == log
     assert not (folder / "last.pt.tmp").exists() and (folder / "mine.tmp").exists()
     one_line(cli(*flags, "--lr", 0.5, "--seed", 1, "--name", MPVG, "--resume"),
              "was trained with other flags: seed was 0, is 1; lr was 0.002, is 0.5. Give those, or another --runs")
     one_line(cli(*flags), "exists: --resume continues it, --overwrite replaces it, --name chooses another")
-    one_line(cli(*flags, "--resume", "--overwrite"), "give one")
+    one_line(cli(*flags, "--resume", "--overwrite"), "choose one")
     assert (folder / "last.pt").read_bytes() == before
+    (folder / "last.pt").unlink()
+    one_line(cli(*flags, "--resume"), "has a log but no last.pt to resume from")
 
 
 def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkeypatch):
@@ -1505,26 +1441,17 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
         def full(*_):
             raise OSError(28, "No space left on device", str(folder / "last.pt.tmp"))
         patch.setattr(os, "fsync", full)
-        one_line(cli(*flags, "--overwrite"), "best.pt cannot be written (No space left on device); what was saved")
+        one_line(cli(*flags, "--overwrite"), "best.pt cannot be written (No space left on device); earlier files")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (folder / "mechanism.json").write_text("{}")                                # of the weights that are replaced
     assert cli("--epochs", 2, "--batch-size", 50, "--overwrite").code == 0 and len(log_of(folder)) == 2
     assert not (folder / "mechanism.json").exists()
 
 
-def test_a_record_without_weights_is_kept(cli, trained, tmp_path):
-    shutil.copytree(trained[0], tmp_path / MPVG, ignore=shutil.ignore_patterns("*.pt"))
-    one_line(cli("--resume"), "has a log but no last.pt to resume from")
-    one_line(cli("--overwrite", "--lr", 1e6, "--recipe", "weight_decay=1000000", "--batch-size", 20), "not finite")
-    assert log_of(tmp_path / MPVG) == log_of(trained[0])
-
-
-
-@pytest.mark.parametrize("command", ["eval", "report", "--resume"])
-def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, tmp_path, command):
-    folder = tmp_path / MPVG
-    shutil.copytree(trained[0], folder)
-    saved, whole = load(folder), (folder / "last.pt").read_bytes()
+def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, tmp_path):
+    folder, evaluation = tmp_path / MPVG, partial(run_cli, train.main, "eval", "--device", "cpu")
+    path = Path(shutil.copytree(trained[0], folder)) / "last.pt"
+    saved, says = load(folder), f"error: {path} is not a checkpoint of this train.py, or was damaged ("
     config, model, optimizer = saved["config"], saved["model"], saved["optimizer"]
     few = {key: value for key, value in optimizer["state"].items() if key > 3}
     wrong = [
@@ -1535,17 +1462,13 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
         saved | dict(model=model | {"pos_embed": torch.zeros(1, 3, 128)}), saved | dict(optimizer={}),
         saved | dict(optimizer=optimizer | dict(state=few)), saved | dict(optimizer=None),
     ]
-    flags = ["--epochs", 3, "--lr", 0.01, "--batch-size", 20, "--resume"]
-    for contents in [*wrong, whole[:5000], b""]:
-        if isinstance(contents, bytes):
-            (folder / "last.pt").write_bytes(contents)
-        else:
-            torch.save(contents, folder / "last.pt")
-        result = cli(*flags) if command == "--resume" else run_cli(
-            train.main, command, folder, "--device", "cpu", *["--out", tmp_path] * (command == "report"))
-        one_line(result, f"error: {folder / 'last.pt'} is not a checkpoint of this train.py, or was damaged (")
-    if command == "eval":
-        one_line(run_cli(train.main, "eval", tmp_path / "nowhere"), "nowhere cannot be read (No such file")
+    for contents in wrong:
+        torch.save(contents, path)
+        one_line(evaluation(folder), says)
+    path.write_bytes(path.read_bytes()[:5000])
+    for result in (evaluation(folder), report(tmp_path, folder), cli("--resume")):
+        one_line(result, says)
+    one_line(evaluation(tmp_path / "nowhere"), "nowhere cannot be read (No such file")
 
 
 # ------------------------------------------------------------------------------------------ train.py: processes
@@ -1613,7 +1536,7 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(launch):
     result = launch("killed", 2, kill="1,6")                                    # of 4 steps an epoch
     assert result.returncode != 0 and len(log_of(launch.runs / "killed")) == 1
     one = launch("killed", 1, "--resume")
-    assert one.returncode == 0 and "goes on after epoch 1" in one.stdout, one.stderr
+    assert one.returncode == 0 and "resumes after epoch 1" in one.stdout, one.stderr
     close_runs(launch.runs / "one", launch.runs / "killed")
     assert [line["processes"] for line in log_of(launch.runs / "killed")] == [2, 1, 1]
 
@@ -1621,35 +1544,26 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(launch):
 # -------------------------------------------------------------------------------------- train.py: users' mistakes
 
 @pytest.mark.parametrize("flags, says", [
-    (["--data", "imagenet", "--data-dir", "nowhere"], "nowhere does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
     (["--image-size", "64"], "--image-size: numbers has images of 32x32"),
     (["--accumulate", "3"], "--batch-size: 128 must be divisible by processes (1) x accumulate (3)"),
     (["--recipe", "mixup=1", "--batch-size", "21"], "and by processes x 2, as images are mixed in pairs"),
-    (["--method", "mpvg", "--pe", "none"], "--method: it stands for --pe, --pool and --mpvg: leave these out"),
+    (["--method", "mpvg", "--pe", "none"], "--method: it replaces --pe, --pool and --mpvg: leave those out"),
     (["--pool", "cls", "--mpvg"], "--mpvg: it needs a PE and --pool gap"),
-    (["--pe", "none", "--mpvg"], "--mpvg: it needs a PE and --pool gap"),
     (["--method", "rope"], "unknown method 'rope': choose from default"),
-    (["--method", "mpvg:last"], "'last' is not NAME=VALUE with a name of add_input, attn_drop, block_type, depth"),
-    (["--method", "mpvg:num_classes=7"], "'num_classes=7' is not NAME=VALUE"),
-    (["--method", "mpvg:pe_std=1e-"], "pe_std='1e-' is not a positive number"),
+    (["--method", "mpvg:num_classes=7"], "'num_classes=7' is not NAME=VALUE with a name of add_input, attn_drop"),
     (["--model", "resnet"], "unknown model 'resnet': choose from vit-lite"),
     (["--batch-size", "401"], "--batch-size: 401 is more than the 200 training images"),
-    (["--recipe", "warmup_epochs=6"], "--recipe: warmup_epochs and cooldown_epochs leave nothing of 6 epochs"),
+    (["--recipe", "warmup_epochs=6"], "--recipe: warmup_epochs and cooldown_epochs leave none of the 6 epochs"),
     (["--recipe", "mixpu=1"], "--recipe: 'mixpu=1' is not NAME=VALUE with a name of epochs, batch_size, lr"),
     (["--recipe", "mixup=1e-300"], "--recipe: mixup and cutmix are 0 or at least 0.01"),
     (["--recipe", "batch_size=true"], "--recipe: batch_size=True is not of type int"),
     (["--recipe", "epochs=ten"], "--recipe: epochs and batch_size are whole numbers"),
-    (["--method", ":layer0=true"], "unknown method ''"),
-    (["--recipe", "erase=2"], "--recipe: erase=2 is not from 0 to 1"),
-    (["--recipe", "erase=NaN"], "--recipe: erase=nan is not from 0 to 1"),
-    (["--recipe", "ra_ops=1.5"], "--recipe: ra_ops=1.5 is not of type int"),
-    (["--recipe", "ra_ops=16"], "--recipe: ra_ops=16 is not from 0 to 15"),
+    (["--recipe", "erase=NaN"], "--recipe: erase=nan must be between 0 and 1"),
+    (["--recipe", "ra_ops=16"], "--recipe: ra_ops=16 must be between 0 and 15"),
     (["--recipe", "lr_per=year"], "--recipe: lr_per=year is neither epoch nor step"),
-    (["--lr", "inf"], "lr=inf is not from 0 to 1e+06"),
-    (["--epochs", "0"], "epochs=0 is not from 1"),
-    (["--seed", "-1"], "--seed"),
+    (["--epochs", "0"], "epochs=0 must be between 1"),
     (["--device", "cuda:99"], "--device: cuda:99 is not available on this machine"),
-    (["--device", "abacus"], "--device: abacus is none of auto, cpu, cuda"),
+    (["--device", "abacus"], "--device: abacus is not one of auto, cpu, cuda"),
     (["--name", "../up"], "--name: '../up' is not a single folder name"),
     (["--name", ".."], "is not a single folder name"),
     (["--name", "ä" * 101], "is not a single folder name"),
@@ -1658,7 +1572,6 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(launch):
     (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
     (["--init", __file__], "cannot be loaded safely"),
     (["--runs", __file__], "error: [Errno "),
-    (["--surplus"], "--surplus"),
 ], ids=str)
 def test_a_users_mistake_gets_one_line(cli, flags, says):
     one_line(cli(*flags), says)
@@ -1676,16 +1589,6 @@ def test_a_folder_that_is_no_imagenet_is_refused(files, cli, tmp_path, damage, s
     damage(tmp_path / "copy")
     result = cli("--data-dir", tmp_path / "copy", "--model", "vit-nano", "--batch-size", 12, data="imagenet")
     assert result.code == 1 and "Traceback" not in result.err and says in result.err
-
-
-def test_help_names_every_flag_in_two_screens():
-    shown = subprocess.run([sys.executable, "train.py", "-h"], cwd=ROOT, capture_output=True, text=True,
-                           env=dict(os.environ, COLUMNS="100"), check=True).stdout
-    names = inspect.signature(train.train_command).parameters.keys() - {"ctx"}
-    flags = ["--" + name.replace("_", "-") for name in names]
-    assert all(f"{flag} " in shown for flag in flags) and 25 <= len(flags) <= 32
-    assert len(shown.splitlines()) <= 100 and max(map(len, shown.splitlines())) <= 100
-    assert shown.index("train.py sweep") < shown.index("Examples:") < shown.index("Options:")
 
 
 # ------------------------------------------------------------------------------------------- train.py: sweep, report
@@ -1732,15 +1635,15 @@ def test_the_table_of_finished_runs(tmp_path):
     rows = rows_of(result.out)
     assert rows[0] == ["method", "n", "last epoch %", "minus default", "best epoch %", "seconds", "parameters",
                        "paper %"]
-    assert rows[2] == ["default", "3", "71.00 +- 1.00", "", "80.00", "3100", "3,740,004", "74.9"]
+    assert rows[2] == ["default", "3", "71.00 +- 1.00", "", "80.00", "3100", "3,740,004", "74.90"]
     assert rows[3] == ["lape", "2", "74.00 +- 0.00", "+4.00, +3.00", "74.00", "3100", "3,743,588", "75.52"]
     half = 4.303 * np.std([3, 2.5, 3.5], ddof=1) / 3 ** 0.5
     assert rows[4] == ["mpvg", "3", "74.00 +- 1.32", f"+3.00 +- {half:.2f}", "74.00", "3100", "3,743,076", "76.87"]
     assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00", "60.00", "3100", "3,743,588", ""]
-    assert rows[6][3] == "minus pvg" and rows[8] == ["pvg", "1", "20.00", "", "20.00", "3100", "3,742,564", ""]
+    assert rows[-3][3] == "minus pvg" and rows[-1] == ["pvg", "1", "20.00", "", "20.00", "3100", "3,742,564", ""]
     titles = [line for line in result.out.splitlines() if line.startswith("vit-lite")]
     first = "vit-lite, cifar100, 310 epochs, bf16"
-    assert titles == [first, f"{first}, lr 0.1", f"{first}: contrasts"]
+    assert titles == [first, f"{first}, lr 0.1"]
     assert max(map(len, result.out.splitlines())) <= 110
     rows = rows_of(report(tmp_path, *folders, "--base", "mpvg").out)
     assert [rows[0][3], *(row[3] for row in rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "+1.00, +0.50", "",
@@ -1773,7 +1676,7 @@ def test_contrasts(tmp_path):
 
     def row(name, values, t, *rest):
         return [name, "4", f"{values.mean():+.2f} +- {t * values.std(ddof=1) / 2:.2f}", *rest]
-    assert rows[start] == ["contrast", "n", "difference", "level %", "verdict", "paper", "of", "paper's is"]
+    assert rows[start] == ["contrast", "n", "difference", "level %", "verdict", "paper", "model", "paper's is"]
     assert rows[start + 2:] == [
         row("(lape-gap - gap) - (lape - default)", lape_gap - lape, 3.182, "95.00", "agrees", "-0.96", "deit-tiny",
             "outside"),
@@ -1784,7 +1687,7 @@ def test_contrasts(tmp_path):
         row("pvg - lape-gap", 5 - lape_gap, 3.182, "95.00", "", "+0.93", "deit-tiny", "outside")]
     for method, seed in itertools.product(("default", "lape"), range(3)):        # the paper has no numbers
         write_run(tmp_path / "numbers" / f"{method}{seed}", [50.0 + seed], data="numbers", method=method, seed=seed)
-    assert ": contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
+    assert "Contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
     for seed in range(3):
         write_run(tmp_path / f"worse{seed}", [60.0 + 2 * seed], method="lape", seed=seed)
     worse = rows_of(report(tmp_path, *tmp_path.glob("default*"), *tmp_path.glob("worse*")).out)
@@ -1797,36 +1700,25 @@ def test_runs_with_init_are_one_setting(tmp_path):
         write_run(tmp_path / f"{method}{seed}", [70.0 + seed], method=method, seed=seed, init=init)
     result = report(tmp_path, *sorted(tmp_path.glob("*[0-9]")))
     assert [row[:2] for row in rows_of(result.out)[2:]] == [["gap", "3"], ["mpvg", "3"]], result.err
-    assert "init METHOD-x-seedN" in result.out
+    assert "init b-METHOD-x-seedN" in result.out
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
 def test_measure_is_what_it_says(method):
-    model = tiny(method)
-    batches = [images(3, seed=1), images(2, seed=2)]
-    found = train.measure(model, batches)
-    p, x = model.state_dict(), torch.cat(batches)
-    delivered = model.delivered_pe()
-    last = model.last_norm_pe(delivered)
-    stream, streams = model.patch_embed(x).flatten(2).transpose(1, 2), []
-    if method == "default":
-        stream = torch.cat([p["cls_token"].expand(5, 1, -1), stream], dim=1)
-    stream = stream + p["pos_embed"]
-    for block, e in zip(model.blocks, delivered):
-        streams.append(layer_norm(stream, p, f"blocks.{len(streams)}.norm1"))
-        stream = block(stream, e)
-    streams.append(layer_norm(stream, p, "norm"))
-    for i, (mine, e) in enumerate(zip(streams, [*delivered, last])):
-        torch.testing.assert_close(found["tokens"][i], mine.mean(0), rtol=1e-8, atol=1e-8)
+    model, batches = tiny(method), [images(3, seed=1), images(2, seed=2)]
+    found, p = train.measure(model, batches), model.state_dict()
+    places = equations(p, torch.cat(batches), **METHODS[method])[2]
+    for i, (_, normed, e) in enumerate(places):
+        torch.testing.assert_close(found["tokens"][i], normed.mean(0), rtol=1e-8, atol=1e-8)
         assert (found["pe"][i] is None) == (found["correlation"][i] is None) == (e is None)
         if e is not None:
-            e = e.detach().broadcast_to(1, *mine.shape[1:])[0]
-            r = np.corrcoef(mine.mean(0).detach().flatten(), e.flatten())[0, 1]
+            r = np.corrcoef(normed.mean(0).flatten(), e.broadcast_to(1, *normed.shape[1:]).flatten())[0, 1]
             assert found["correlation"][i] == pytest.approx(r, abs=1e-6)
-    before, after = stream.mean(1), streams[-1].mean(1)
+    stream, normed, last = places[-1]
+    before, after = stream.mean(1), normed.mean(1)
     cosine = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
     assert found["cosine"] == pytest.approx(cosine.mean().item())
-    offset = p["norm.bias"] + (0 if last is None else last.detach().reshape(-1, 16).mean(0))
+    offset = p["norm.bias"] + (0 if last is None else last.reshape(-1, 16).mean(0))
     torch.testing.assert_close(found["offset"], offset)
     assert torch.equal(found["beta"], p["norm.bias"]) and torch.equal(found["gamma"], p["norm.weight"])
 
@@ -1847,20 +1739,10 @@ def test_measure_position_is_what_it_says(method):
                                   np.concatenate([np.eye(6)[index] - 1 / 6, np.zeros((16, 6))]), rcond=None)[0]
         return 100 * (((test - center) @ weights).argmax(1) == index).mean()
 
-    p, places = model.state_dict(), dict(stream=[], normed=[], attention=[])
-    stream = model.patch_embed(x).flatten(2).transpose(1, 2)
-    if method == "default":
-        stream = torch.cat([p["cls_token"].expand(24, 1, -1), stream], dim=1)
-    stream = stream + p["pos_embed"]
-    for block, e in zip(model.blocks, model.delivered_pe()):
-        y = layer_norm(stream, p, f"blocks.{len(places['stream'])}.norm1")
-        places["stream"].append(read(stream))
-        places["normed"].append(read(y))
-        places["attention"].append(None if e is None else read(y + e))
-        stream = block(stream, e)
-    places["normed"].append(read(layer_norm(stream, p, "norm")))
-    for name, expected in places.items():
-        assert found[name] == pytest.approx(expected), name
+    inputs, normed, pe = zip(*equations(model.state_dict(), x, **METHODS[method])[2])
+    assert found["stream"] == pytest.approx([read(tokens) for tokens in inputs[:-1]])
+    assert found["normed"] == pytest.approx([read(tokens) for tokens in normed])
+    assert found["attention"] == pytest.approx([None if e is None else read(y + e) for y, e in zip(normed, pe[:-1])])
     generator = torch.Generator().manual_seed(0)
     right = [model(train.shuffle_patches(part, 4, generator)).argmax(1) for part in (x[:10], x[10:])]
     assert found["shuffled"] == pytest.approx(100 * (torch.cat(right) == labels).double().mean().item())
@@ -1878,8 +1760,9 @@ def test_shuffle_patches():
     torch.testing.assert_close(blind(shuffled), blind(x))
 
 
-def test_eval_measures_again(trained, tmp_path):
-    folder, last = trained[0], log_of(trained[0])[-1]
+def test_eval_measures_again(trained, monkeypatch):
+    folder, last, folded = trained[0], log_of(trained[0])[-1], []
+    monkeypatch.setattr(train, "fold", lambda model: folded.append(1) or fold(model))
 
     def evaluation(*flags):
         result = run_cli(train.main, "eval", *flags, "--device", "cpu")
@@ -1897,7 +1780,9 @@ def test_eval_measures_again(trained, tmp_path):
     assert "at 48x48, seed 0, epoch 3: test accuracy" in (shown := evaluation(folder, "--image-size", 48))
     assert f"loss {F.cross_entropy(larger(x), y).item():.4f}, 40 images" in shown
     assert "folded, numbers at 48x48" in evaluation(folder, "--image-size", 48, "--fold")
+    assert len(folded) == 2                                                     # with --fold
     one_line(run_cli(train.main, "eval", folder, "--image-size", 33), "not divisible by patch_size")
+    one_line(run_cli(train.main, "eval", folder, "--device", "cuda:99"), "cuda:99 is not available")
 
 
 def test_report_measures_draws_and_needs_no_weights(trained, tmp_path, monkeypatch):
@@ -1945,41 +1830,17 @@ def test_report_measures_every_kind_of_model(cli, tmp_path, flags):
 
 def test_report_passes_over_a_run_whose_data_are_not_there(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[0], tmp_path / MPVG)
-
-    def gone(root, train):
-        raise SystemExit("error: CIFAR-100 is not here")
-    dataset = dataclasses.replace(train.DATASETS["numbers"], load=gone)
-    monkeypatch.setitem(train.DATASETS, "numbers", dataset)
+    gone = dataclasses.replace(train.DATASETS["numbers"], load=lambda root, train: sys.exit(f"error: not in {root}"))
+    monkeypatch.setitem(train.DATASETS, "numbers", gone)
     result = report(tmp_path, tmp_path / MPVG, "--data-dir", "elsewhere")
     assert result.code == 0 and rows_of(result.out)[2][0] == "mpvg"
-    assert f"{MPVG} is not measured: its data are not in --data-dir elsewhere" in result.err
+    assert f"{MPVG} is not measured (error: not in elsewhere)" in result.err
 
 
-def test_flags_that_no_other_test_shows(cli, files, tmp_path, monkeypatch):
-    """--workers, --accumulate and --data-dir reach what they are for."""
-    real, asked, sizes, roots, forward = train.DataLoader, set(), [], set(), ViT.forward
-    monkeypatch.setattr(train, "DataLoader", lambda *a, **how: asked.add(how["num_workers"]) or real(*a, **how))
-    assert cli("--data-dir", files, "--model", "vit-nano", "--image-size", 32, "--batch-size", 24, "--epochs", 1,
-               "--workers", 1, data="imagenet").code == 0 and asked == {1}
+def test_accumulate_splits_the_batch(cli, monkeypatch):
+    sizes, forward = [], ViT.forward
     monkeypatch.setattr(ViT, "forward", lambda model, x: sizes.append(len(x)) or forward(model, x))
     assert cli("--epochs", 1, "--batch-size", 100, "--accumulate", 4).code == 0 and sizes == [25] * 8 + [40]
-    monkeypatch.setitem(train.DATASETS, "cifar100", dataclasses.replace(
-        train.DATASETS["cifar100"], load=lambda root, train: roots.add(root) or make_numbers(200, 1)))
-    assert cli("--model", "vit-nano", "--epochs", 1, "--data-dir", tmp_path, data="cifar100").code == 0
-    assert roots == {tmp_path}
-
-
-@pytest.mark.parametrize("command", ["eval", "report"])
-def test_eval_and_report_take_a_device(trained, command):
-    one_line(run_cli(train.main, command, trained[0], "--device", "cuda:99"), "cuda:99 is not available")
-
-
-def test_eval_folds(trained, monkeypatch):
-    nets = []
-    monkeypatch.setattr(train, "evaluate", lambda net, *_: nets.append(net) or dict(test_accuracy=0, test_loss=0))
-    for flags in ([], ["--fold"]):
-        assert run_cli(train.main, "eval", trained[0], *flags, "--device", "cpu").code == 0
-    assert [net.pe_norm is None for net in nets] == [False, True]
 
 
 def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
@@ -1997,7 +1858,7 @@ def sweep(*flags):
 
 
 def test_a_real_sweep_side_by_side(tmp_path):
-    """Processes of their own, two at once; again, it only prints; a run that fails is named."""
+    """Processes of their own, two at once; again, it skips finished runs; a run that fails is named."""
     flags = ["--methods", "gap,mpvg:layer0=true", "--seeds", "1", "--jobs", "2", "--epochs", "1", "--fraction", "0.01",
              "--runs", tmp_path]
     result = sweep(*flags)
@@ -2008,7 +1869,10 @@ def test_a_real_sweep_side_by_side(tmp_path):
     for name in names:
         assert load(tmp_path / name)["log"][-1]["epoch"] == 1 and f"finished {tmp_path / name}.txt" in result.out
         assert "300 images to train, 4,000 to test" in (tmp_path / f"{name}.txt").read_text()
-    (tmp_path / names[1] / "last.pt").write_bytes(b"")
+    for name in names:                                                          # a log is enough, with the same flags
+        (tmp_path / name / "last.pt").unlink()
+    path = tmp_path / names[1] / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.004'))
     result = sweep(*flags)
     assert result.code == 1 and f"error: 1 of 2 runs failed: {names[1]}" in result.err
     assert f"failed, see {tmp_path / names[1]}.txt" in result.out and "| gap" in (tmp_path / "sweep.md").read_text()
@@ -2018,7 +1882,7 @@ def test_a_real_sweep_side_by_side(tmp_path):
     (["--methods", "mpvg,rope"], "unknown method 'rope'"), (["--methods", "mpvg,"], "has an empty name"),
     (["--seed", "1"], "--seed: sweep sets it for each run"),
     (["--method", "mpvg"], "--method: sweep sets it"), (["--name", "x"], "--name: sweep sets it"),
-    (["--overwrite"], "--overwrite: sweep sets it"), (["--lr", "inf"], "lr=inf is not from 0"),
+    (["--overwrite"], "--overwrite: sweep sets it"), (["--lr", "inf"], "lr=inf must be between 0"),
     (["--methods", "mpvg,lape:last_pe=0"], "use pool='gap'"), (["--runs", __file__], "error: [Errno "),
     (["--methods", "mpvg,", "lape"], "unexpected extra argument"), (["--surplus", "1"], "--surplus"),
 ], ids=str)
@@ -2031,7 +1895,7 @@ def test_a_sweeps_mistake_ends_it_before_the_first_run(monkeypatch, flags, says)
 
 def test_a_subcommand_takes_its_flags_after_its_name():
     for name in ("sweep", "eval", "report"):
-        one_line(run_cli(train.main, "--epochs", "3", name, "x"), f"{name} takes its flags after its name")
+        one_line(run_cli(train.main, "--epochs", "3", name, "x"), f"write the flags after {name}")
         assert run_cli(train.main, name, "--help").code == 0
 
 
@@ -2253,37 +2117,16 @@ def test_what_torch_compile_does_is_counted(monkeypatch, quick_compiler):
 
 def test_a_recompilation_is_an_error_for_ours_and_a_note_for_a_peer(monkeypatch, small_model, quick_compiler,
                                                                     cheap_limits):
-    state = {}
-
-    def scaled(forward):
-        return lambda model, images: forward(model, images) * state["scale"]    # torch.compile takes it for a constant
-
-    cheap_limits.before_round = lambda n: state.update(scale=1 + (n == 1))
-    flags = small_run("--peers", "torchvision", "--tables", "inference-compiled", "--methods", "default")
-    with monkeypatch.context() as patch:
-        state["scale"] = 1
-        peer = torchvision.models.VisionTransformer
-        patch.setattr(peer, "forward", scaled(peer.forward))
-        done = run_cli(bench.main, *flags)
-    assert done.code == 0 and "torchvision is not one compiled graph but 2 compiled graphs" in done.out
-    state["scale"] = 1
-    monkeypatch.setattr(ViT, "forward", scaled(ViT.forward))
-    done = run_cli(bench.main, *flags)
-    assert done.code == 1
-    assert done.err.endswith("error: inference-compiled: default must be one compiled graph, not 2 compiled graphs\n")
-
-
-def test_a_graph_break_in_our_model_is_refused(monkeypatch, small_model, tmp_path):
-    forward = mpvg.Block.forward
-
-    def broken(block, x, e=None):
-        torch._dynamo.graph_break()
-        return forward(block, x, e)
-
-    monkeypatch.setattr(mpvg.Block, "forward", broken)
-    done = run_cli(bench.main, *small_run("--tables", "training-compiled", "--json", tmp_path / "x.json"))
-    assert done.code == 1 and "error: training-compiled: default failed: " in done.err and "graph_break" in done.err
-    assert done.err.count("\n") == 1 and not (tmp_path / "x.json").exists()
+    state = dict(scale=1)                                                       # torch.compile takes it for a constant
+    cheap_limits.before_round = lambda n: state.update(scale=1 + (n == 1))      # 1 again when a run ends
+    for cls, code, says in (
+            (torchvision.models.VisionTransformer, 0, "torchvision is not one compiled graph but 2 compiled graphs"),
+            (ViT, 1, "error: inference-compiled: default must be one compiled graph, not 2 compiled graphs\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "forward", lambda model, x, forward=cls.forward: forward(model, x) * state["scale"])
+            done = run_cli(bench.main, *small_run("--peers", "torchvision", "--tables", "inference-compiled",
+                                                  "--methods", "default"))
+        assert done.code == code and says in done.out + done.err, done.err
 
 
 def test_a_missing_peer_is_named_and_a_failing_one_is_noted(monkeypatch, small_model, cheap_limits, tmp_path):
@@ -2313,25 +2156,22 @@ def test_lack_of_memory_ends_in_one_line(monkeypatch, small_model, cheap_limits,
     assert done.code == 1 and "memory" in done.err and done.err.count("\n") == 1 and "frame" not in done.err
 
 
-@pytest.fixture
-def settings(monkeypatch):
-    """settings(*flags) -> the tables and contestants that the command would time, and how."""
-    def see(*flags):
-        seen = []
-        with monkeypatch.context() as patch:
-            patch.setattr(bench, "run_table", lambda table, names, s: seen.append((table, names, s)) or dict(
-                rows=[], notes=[], attention=None, matmul_flops=1.0, copy_bytes=1.0))
-            done = run_cli(bench.main, "--device", "cpu", *flags)
-        assert done.code == 0, done.err
-        _, names, s = seen[0]
-        return SimpleNamespace(tables=[table for table, _, _ in seen], names=names, **vars(s))
-    return see
-
-
-def test_every_flag_has_its_effect(settings, monkeypatch):
+def test_every_flag_has_its_effect(monkeypatch):
     pytest.importorskip("timm")
     for package in ("transformers", "vit_pytorch"):
         monkeypatch.setitem(sys.modules, package, None)                         # as if they were not installed
+    seen = {}
+    monkeypatch.setattr(bench, "run_table", lambda table, names, s: seen.update({table: (names, s)}) or dict(
+        rows=[], notes=[], attention=None, matmul_flops=1.0, copy_bytes=1.0))
+
+    def settings(*flags):
+        """-> the tables and contestants that the command would time, and how."""
+        seen.clear()
+        done = run_cli(bench.main, "--device", "cpu", *flags)
+        assert done.code == 0, done.err
+        names, s = next(iter(seen.values()))
+        return SimpleNamespace(tables=[*seen], names=names, **vars(s))
+
     default = settings()
     assert default.tables == [*bench.TABLES] and default.sizes == sizes("deit-tiny", attn_drop=0.0, drop_path=0.0)
     assert default.names == ["default", "gap", "lape", "pvg", "mpvg", "mpvg-folded", "torchvision", "timm", "timm gap"]
@@ -2351,15 +2191,11 @@ def test_every_flag_has_its_effect(settings, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--model", "vit"], "--model"),
     (["--methods", "gap,mpgv"], "--methods: unknown 'mpgv': choose from default"),
     (["--methods", "mpvg-folded"], "--methods: folded models do not train"),
     (["--peers", "timn"], "--peers: unknown 'timn': choose from torchvision"),
     (["--tables", "training"], "--tables: unknown 'training'"),
     (["--mode", "reduce-overhead"], "--mode: reduce-overhead uses CUDA graphs"),
-    (["--batch", 0], "--batch"),
-    (["--batch", 65537], "--batch"),
-    (["--rounds", 2], "--rounds"),
     (["--device", "nowhere"], "--device"),
     (["--json", "{folder}"], "--json"),
 ])
@@ -2590,7 +2426,7 @@ def test_the_tables_of_runs_are_what_report_prints(tmp_path):
         folders = sorted(path.parent for path in (ROOT / "results" / name).glob("*/config.json"))
         return report(tmp_path, *folders).out
 
-    text = printed("cifar100").partition("figures in")[0]
+    text = "\n".join(printed("cifar100").splitlines()[:-1])                     # the last line is about figures
     assert text.strip() in (ROOT / "results/cifar100.md").read_text()
     for document, title, source in ((README, "## Evidence", text), (GUIDE, "## Exercises", printed("numbers"))):
         shown = rows_of(document.partition(title)[2].partition("\n## ")[0])

@@ -96,13 +96,13 @@ class Recipe:
             if type(value) not in kinds:
                 raise ValueError(f"{field.name}={value} is not of type {field.type.__name__}")
             if field.type is not str and not low <= value <= high:
-                raise ValueError(f"{field.name}={value} is not from {low} to {high:g}")
+                raise ValueError(f"{field.name}={value} must be between {low} and {high:g}")
         if 0 < self.mixup < 0.01 or 0 < self.cutmix < 0.01:
             raise ValueError("mixup and cutmix are 0 or at least 0.01")
         if self.lr_per not in ("epoch", "step"):
             raise ValueError(f"lr_per={self.lr_per} is neither epoch nor step")
         if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs and cooldown_epochs leave nothing of {self.epochs} epochs")
+            raise ValueError(f"warmup_epochs and cooldown_epochs leave none of the {self.epochs} epochs to train")
 
     @property
     def mixes(self):
@@ -110,7 +110,7 @@ class Recipe:
 
 
 def parse_assignments(text, separator, names):
-    """-> {"mixup": 0, "lr_per": "step"} of "mixup=0,lr_per=step". Raises ValueError for an unknown name."""
+    """"mixup=0,lr_per=step" -> {"mixup": 0, "lr_per": "step"}. Raises ValueError for an unknown name."""
     values = {}
     for item in filter(None, (text or "").split(separator)):
         name, _, word = item.strip().partition("=")
@@ -231,7 +231,7 @@ def decode(path):
     return v2.pil_to_tensor(Image.open(path).convert("RGB"))         # uint8 (3, height, width)
 
 
-@functools.cache  # once for each file, in each worker process
+@functools.cache  # once for each file, in each worker process of an epoch
 def warn(path, reason):
     tqdm.write(f"warning: {path} cannot be decoded and is skipped ({reason})", sys.stderr)
 
@@ -322,8 +322,11 @@ def load_data(config, root, device, workers=None, splits=("train", "test"), crop
         if dataset.load:
             images, labels = dataset.load(root, train)
         else:
-            samples = ImageFolder(root / ("train" if train else "val")).samples
-            labels = torch.tensor([label for _, label in samples])
+            folder = ImageFolder(root / ("train" if train else "val"))
+            if len(folder.classes) != config["num_classes"]:
+                raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
+                                 f"{config['num_classes']}: --data-dir names the folder it was trained on")
+            samples, labels = folder.samples, torch.tensor(folder.targets)
         rows = torch.arange(len(labels))
         if train and config["fraction"] < 1:
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
@@ -766,7 +769,7 @@ def save(path, contents):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f"error: {path} cannot be written ({error.strerror}); what was saved is whole") from None
+        raise SystemExit(f"error: {path} cannot be written ({error.strerror}); earlier files are intact") from None
 
 
 def save_checkpoint(folder, model, optimizer, config, log):
@@ -859,7 +862,7 @@ def choose_device(name):
     try:
         device = torch.device(accelerator if name == "auto" else name)
     except RuntimeError:
-        refuse("device", f"{name} is none of auto, cpu, cuda, cuda:1, mps")
+        refuse("device", f"{name} is not one of auto, cpu, cuda, cuda:1, mps")
     if device == torch.device("cuda"):
         device = torch.device("cuda", LOCAL_RANK)
     if device.type == "cuda":
@@ -878,7 +881,7 @@ def configure(flags):
     named = flags["pe"], flags["pool"], flags["mpvg"]
     method, _, options = (flags["method"] or "").partition(":")
     if method and any(named):
-        refuse("method", "it stands for --pe, --pool and --mpvg: leave these out")
+        refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
     if flags["method"] is None:
         named = (named[0] or "layerwise", named[1] or "gap", named[2] or not any(named))
         method = METHOD_OF_FLAGS.get(named) or refuse("mpvg", "it needs a PE and --pool gap")
@@ -995,7 +998,7 @@ def train_command(
     accumulate: int = flag("Gradient accumulation: split each batch into this many parts.", default=1, min=1),
     name: str | None = flag("Name of the run's folder.", shown="METHOD-MODEL-DATA-seedN"),
     runs: Path = flag("Where run folders go.", default=Path("runs")),
-    resume: bool = flag("Continue after the last finished epoch, or start.", "--resume", default=False),
+    resume: bool = flag("Continue after the last finished epoch; start if there is none.", "--resume", default=False),
     overwrite: bool = flag("Replace an existing run of that name.", "--overwrite", default=False),
 ):
     """Train a Vision Transformer with a position embedding of the MPVG paper, and test it after every epoch.
@@ -1015,10 +1018,10 @@ def train_command(
     if ctx.invoked_subcommand:
         given = [key for key in ctx.params if ctx.get_parameter_source(key).name != "DEFAULT"]
         if given or WORLD_SIZE > 1:
-            raise typer.BadParameter(f"{ctx.invoked_subcommand} takes its flags after its name, and no torchrun")
+            raise typer.BadParameter(f"write the flags after {ctx.invoked_subcommand}, and start it without torchrun")
         return
     if resume and overwrite:
-        refuse("resume", "it goes on with a run and --overwrite replaces it: give one")
+        refuse("resume", "it continues a run and --overwrite replaces it: choose one")
     config, device = configure(flags), choose_device(device)
     folder = run_folder(flags, config)
     if device.type == "cuda":
@@ -1079,7 +1082,7 @@ def train_run(flags, config, folder, device):
                f"{config['data']}: {config['images']:,} images to train, {len(data['test']):,} to test\n"
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
-               + (f", goes on after epoch {len(checkpoint['log'])}" if checkpoint else ""))
+               + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
     if checkpoint and RANK == 0:                                     # a save may have been killed before the record
         save_record(folder, checkpoint["config"], checkpoint["log"])
     elif RANK == 0 and not recorded:                                 # --overwrite waits for its first epoch
@@ -1135,40 +1138,44 @@ def sweep(
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if shared.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
-    planned = {}                                                     # folder -> command line
+    planned = {}                                                     # folder -> configuration, command line
     for seed, method in itertools.product(range(seeds), methods.split(",")):  # a stopped sweep has complete seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
         if not method:
             refuse("methods", f"{methods!r} has an empty name")
         config = configure(flags | dict(precision="fp32"))           # finds mistakes early, and asks no GPU for bf16
-        planned[run_folder(flags, config)] = [sys.executable, __file__, *arguments]
+        del config["precision"]
+        planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
     shared.params["runs"].mkdir(parents=True, exist_ok=True)
 
     def train_one(folder):
-        if not (folder / "last.pt").exists() and has_log(folder) and finished_runs([folder]):
-            return 0                                                 # finished, and its weights were deleted
+        config, command = planned[folder]
+        if has_log(folder) and any(config.items() <= run.config.items() for run in finished_runs([folder])):
+            return 0                                                 # with or without its weights
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
-            return subprocess.run(planned[folder]).returncode
+            return subprocess.run(command).returncode
         threads = str(max(1, (os.cpu_count() or 1) // jobs))         # the runs share the cores
         with open(f"{folder}.txt", "a") as output:
-            code = subprocess.run(planned[folder], stdout=output, stderr=output,
+            code = subprocess.run(command, stdout=output, stderr=output,
                                   env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
         typer.echo(f"{'failed, see' if code else 'finished'} {folder}.txt")
         return code
 
-    pool = ThreadPoolExecutor(jobs)
+    executor = ThreadPoolExecutor(jobs)
     try:
-        codes = list(pool.map(train_one, planned))
+        codes = list(executor.map(train_one, planned))
     except KeyboardInterrupt:                                        # the runs receive it as well
-        pool.shutdown(cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
         raise SystemExit("stopped: run the same command to continue") from None
     failed = [folder.name for folder, code in zip(planned, codes) if code]
     runs = finished_runs(folder for folder in planned if folder.name not in failed)
     if runs:
-        save(shared.params["runs"] / "sweep.md", results_table(runs, [run.label for run in runs]).encode())
-        typer.echo("\n" + (shared.params["runs"] / "sweep.md").read_text())
+        settings = by_setting(runs, [run.label for run in runs])
+        table = "".join(results_table(title, methods) for title, methods in settings.items())
+        save(shared.params["runs"] / "sweep.md", table.encode())
+        typer.echo(f"\n{table}")
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
 
@@ -1195,8 +1202,9 @@ class Run(NamedTuple):
     folder: Path
     label: str                       # of the method
     config: dict
-    log: list                        # a dict an epoch
-    mechanism: dict                  # what report has measured, or nothing
+    log: list                        # one dict per epoch
+    mechanism: dict                  # the contents of mechanism.json, which report writes, or {}
+    parameters: int                  # their number
 
 
 def finished_runs(folders):
@@ -1209,21 +1217,23 @@ def finished_runs(folders):
             measured = folder / "mechanism.json"
             mechanism = json.loads(measured.read_text()) if measured.exists() else {}
             setting(config)                                          # knows what a configuration holds
+            with torch.device("meta"):
+                parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
             if log[-1]["epoch"] != config["epochs"]:
                 raise ValueError("not finished")
-            runs.append(Run(folder, method_label(config), config, log, mechanism))
+            runs.append(Run(folder, method_label(config), config, log, mechanism, parameters))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             typer.echo(f"note: {folder} is left out: it holds no finished run", err=True)
     return runs
 
 
 def setting(config):
-    """-> text: all that decides a result but method and seed, with what differs from the data set's recipe."""
+    """-> text: everything that affects a result, except method and seed; lists only differences from the recipe."""
     dataset = DATASETS[config["data"]]
     standard = dataclasses.asdict(dataset.recipe) | dict(image_size=dataset.image_size, fraction=1.0, init=None,
                                                          num_classes=dataset.num_classes or 1000, freeze=False)
     if config.get("init"):                                           # the same for all methods and seeds
-        trained = Path(config["init"]).name
+        trained = "-".join(Path(config["init"]).parts[-2:])
         for own, name in ((method_label(config), "METHOD"), (f"seed{config['seed']}", "seedN")):
             trained = trained.replace(own, name)
         config = config | dict(init=trained)
@@ -1233,7 +1243,7 @@ def setting(config):
 
 
 def by_setting(runs, order=tuple(METHODS)):
-    """-> {setting: {label: {seed: run}}}, labels in the given order, others behind it by name."""
+    """-> {setting: {label: {seed: run}}}, labels in the given order, then any others by name."""
     settings = {}
     for run in sorted(runs, key=lambda run: ([*order, run.label].index(run.label), run.label, run.config["seed"])):
         seeds = settings.setdefault(setting(run.config), {}).setdefault(run.label, {})
@@ -1244,12 +1254,16 @@ def by_setting(runs, order=tuple(METHODS)):
     return settings
 
 
+def any_config(methods):
+    return next(run.config for seeds in methods.values() for run in seeds.values())
+
+
 def t_test(values, alpha=0.05):
     """-> half the width of a mean's 1 - alpha interval, and the p-value of "it is 0" (Student's t, two-sided)."""
     df, error = len(values) - 1, stdev(values) / len(values) ** 0.5
     angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
-    inside = torch.cumulative_trapezoid(angle.cos() ** (df - 1))     # of t = sqrt(df) tan(angle)
-    t, p = df ** 0.5 * angle[1:].tan(), 1 - inside / inside[-1]      # p: probability that |t| is larger
+    area = torch.cumulative_trapezoid(angle.cos() ** (df - 1))       # of Student's density, t = sqrt(df) tan(angle)
+    t, p = df ** 0.5 * angle[1:].tan(), 1 - area / area[-1]          # p: probability that |t| is larger
     return t[p <= alpha][0].item() * error, ([1.0] + p[t * error < abs(mean(values))].tolist())[-1]
 
 
@@ -1258,52 +1272,61 @@ def mean_and_deviation(values, digits=2):
 
 
 def difference(pairs):
-    """-> text: the mean of paired differences with its interval; with two pairs, both: too few for an interval."""
+    """-> text: the mean of paired differences with its interval; one or two pairs, too few for it, as they are."""
     if len(pairs) > 2:
         return f"{mean(pairs):+.2f} +- {t_test(pairs)[0]:.2f}"
     return ", ".join(f"{pair:+.2f}" for pair in pairs)
 
 
-def as_table(title, head, rows):
-    """-> text: a table in Markdown that can be read as it is; rows: lists of cells, as head."""
-    rows = [head, ["-" * len(cell) for cell in head], *rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return f"{title}\n\n" + "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in rows) + "\n"
+def as_table(title, head, rows, note):
+    """-> text: a table in Markdown that can be read as it is; rows: lists of cells, in the order of head."""
+    cells = [head, ["-" * len(cell) for cell in head], *rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in cells)
+    return f"{title}\n\n{lines}\n{note}\n" if rows else ""
 
 
-def results_table(runs, order=tuple(METHODS), base=None):
-    """-> text: for each setting a table with a row a method, the paper's figures beside it."""
-    text = ""
-    for title, methods in by_setting(runs, order).items():
-        rows, first = [], base or next(iter(methods))
-        for name, seeds in methods.items():
-            config, logs = next(iter(seeds.values())).config, [run.log for run in seeds.values()]
-            pairs = [run.log[-1]["test_accuracy"] - methods[first][seed].log[-1]["test_accuracy"]
-                     for seed, run in seeds.items() if name != first and seed in methods.get(first, {})]
-            with torch.device("meta"):
-                count = sum(parameter.numel() for parameter in build_model(config).parameters())
-            standard = config | dict(epochs=DATASETS[config["data"]].recipe.epochs)
-            is_the_papers = title == "{model}, {data}, {epochs} epochs, {precision}".format(**standard)
-            rows.append([
-                name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]), difference(pairs),
-                f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
-                f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{count:,}",
-                str(PAPER.get((config["model"], config["data"]), {}).get(name, "")) * is_the_papers])
-        head = ["method", "n", "last epoch %", f"minus {first}", "best epoch %", "seconds", "parameters", "paper %"]
-        text += as_table(title, head, rows)
-    return text + ("Test accuracy: mean +- standard deviation over n seeds. Differences are paired by seed; +- is\n"
-                   "half of a 95 % confidence interval. Best epoch: chosen by test accuracy. Seconds: of a run.\n")
+RESULTS_NOTE = """\
+Test accuracy: mean +- standard deviation over n seeds. Differences are paired by seed; +- is
+half of a 95 % confidence interval, not corrected for the number of methods. Best epoch: chosen
+by test accuracy. Seconds per run.
+"""
+CONTRASTS_NOTE = """\
+Differences are paired by seed; +- is half of the confidence interval of that level. A verdict is on
+the sign; read it once, at the planned number of seeds. The first row is tested at 5 % by itself. The
+next four, the paper's simple differences, share 5 % by Holm's procedure: once one is inconclusive,
+so are all with a larger p-value. Last column: is the paper's value, one run a method, inside our
+interval?
+"""
+MECHANISM_NOTE = """\
+Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
+cosine of an image's mean token before and after it. Correlations of LN(x), averaged over images,
+with the PE that is added to it: block 0, 1, ..., last norm.
+"""
+POSITION_NOTE = """\
+Test accuracy on some test images, then with the patches of each shuffled; share of tokens whose
+patch index a linear map predicts from the stream x that enters block 0, 1, ..., and from LN(x),
+block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % for 64.
+"""
 
 
-class Contrast(NamedTuple):
-    """A difference of methods, or of two such differences, among runs of one setting."""
-    name: str
-    values: list                     # percentage points, a seed each
-    alpha: float                     # 1 - the level of the interval
-    half: float                      # half the interval's width
-    verdict: str                     # agrees or disagrees with the paper's sign where the interval excludes 0
-    paper: float | None              # the paper's value
-    paper_model: str                 # and its model
+def results_table(title, methods, base=None):
+    """-> text: one row per method of a setting, {label: {seed: run}}; the paper's figures beside it."""
+    rows, first, config = [], base or next(iter(methods)), any_config(methods)
+    standard = config | dict(epochs=DATASETS[config["data"]].recipe.epochs)
+    is_the_papers = title == "{model}, {data}, {epochs} epochs, {precision}".format(**standard)
+    paper = PAPER.get((config["model"], config["data"]), {}) if is_the_papers else {}
+    for name, seeds in methods.items():
+        logs = [run.log for run in seeds.values()]
+        pairs = [run.log[-1]["test_accuracy"] - methods[first][seed].log[-1]["test_accuracy"]
+                 for seed, run in seeds.items() if name != first and seed in methods.get(first, {})]
+        rows.append([
+            name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]), difference(pairs),
+            f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
+            f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{next(iter(seeds.values())).parameters:,}",
+            f"{paper[name]:.2f}" if name in paper else ""])
+    head = ["method", "n", "last epoch %", f"minus {first}", "best epoch %", "seconds", "parameters", "paper %"]
+    return as_table(title, head, rows, RESULTS_NOTE)
 
 
 def contrast_values(name, tables):
@@ -1314,80 +1337,70 @@ def contrast_values(name, tables):
 
 
 def contrasts(methods):
-    """-> Contrasts of one setting, {label: {seed: run}}, those with at least three seeds.
+    """-> the contrasts of a setting, {label: {seed: run}}, that have at least three seeds: one dict per contrast.
 
-    The intervals are of 95 %, but the paper's four claims share an alpha of 0.05 by Holm's procedure: 0.05 / 4 for the
-    smallest p-value, 0.05 / 3 for the next, ..., and after the first that is inconclusive the others are, too.
+    values: percentage points, one per seed; half: half the width of the 1 - alpha confidence interval; verdict: does it
+    agree with the paper's sign, if it excludes 0; paper: the paper's value, paper_model: the model that it is of. alpha
+    is 0.05, but CLAIMS share it by Holm's procedure: 0.05 / 4 for the smallest p-value, 0.05 / 3 for the next, ...;
+    once one is inconclusive, so are all with a larger p-value.
     """
-    config = next(iter(next(iter(methods.values())).values())).config
-    own = config["model"]
+    config = any_config(methods)
     if config["data"] == "numbers" or config["init"]:                # nothing in the paper compares with these
         return []
     tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in methods.items() if seed in runs}
               for seed in sorted(set().union(*methods.values()))]
     values = {name: contrast_values(name, tables) for name in (CONFLICT, *CLAIMS, *OTHERS)}
-    values = {name: found for name, found in values.items() if len(found) > 2}
+    values = {name: points for name, points in values.items() if len(points) > 2}
     claims = sorted((name for name in CLAIMS if name in values), key=lambda name: t_test(values[name])[1])
     alpha = {name: 0.05 / (len(CLAIMS) - claims.index(name) if name in claims else 1) for name in values}
     half = {name: t_test(values[name], alpha[name])[0] for name in values}
     exclude_0 = {name for name in values if abs(mean(values[name])) > half[name]}
     exclude_0 -= set(itertools.dropwhile(exclude_0.__contains__, claims))
-    found = []
+    own_model_first = sorted(PAPER.items(), key=lambda item: item[0][0] != config["model"])
+    rows = []
     for name in values:
-        papers = [(value, model) for (model, _), table in sorted(PAPER.items(), key=lambda item: item[0][0] != own)
-                  for value in contrast_values(name, [table])]       # of this model, if the paper has it
-        paper, model = papers[0] if papers else (None, "")
+        papers = [(value, model) for (model, _), table in own_model_first for value in contrast_values(name, [table])]
+        paper, paper_model = papers[0] if papers else (None, "")
         verdict = "" if name in OTHERS else "inconclusive" if name not in exclude_0 else (
             "agrees" if mean(values[name]) * paper > 0 else "disagrees")
-        found.append(Contrast(name, values[name], alpha[name], half[name], verdict, paper, model))
-    return found
+        rows.append(dict(name=name, values=values[name], alpha=alpha[name], half=half[name], verdict=verdict,
+                         paper=paper, paper_model=paper_model))
+    return rows
 
 
-def contrast_table(runs):
-    """-> text: for each setting with at least three seeds a table of contrasts beside the paper's."""
-    text = ""
-    for title, methods in by_setting(runs).items():
-        rows = []
-        for c in contrasts(methods):
-            paper = ["", "", ""] if c.paper is None else [
-                f"{c.paper:+.2f}", c.paper_model, "inside" if abs(mean(c.values) - c.paper) <= c.half else "outside"]
-            rows.append([c.name, str(len(c.values)), f"{mean(c.values):+.2f} +- {c.half:.2f}",
-                         f"{100 - 100 * c.alpha:.2f}", c.verdict, *paper])
-        if rows:
-            text += as_table(f"{title}: contrasts", [
-                "contrast", "n", "difference", "level %", "verdict", "paper", "of", "paper's is"], rows)
-    return text and text + (
-        "Differences are paired by seed; +- is half of the confidence interval of that level. The verdict is\n"
-        "on the sign. The paper's four claims share 5 % by Holm's procedure: after the first that is\n"
-        "inconclusive, the others are, too. Last column: is the paper's value inside the interval?\n")
+def contrast_table(found):
+    """-> text: what contrasts() found, beside the paper's values."""
+    rows = []
+    for c in found:
+        middle, paper = mean(c["values"]), ["", "", ""]
+        if c["paper"] is not None:
+            inside = abs(middle - c["paper"]) <= c["half"]
+            paper = [f"{c['paper']:+.2f}", c["paper_model"], "inside" if inside else "outside"]
+        rows.append([c["name"], str(len(c["values"])), f"{middle:+.2f} +- {c['half']:.2f}",
+                     f"{100 - 100 * c['alpha']:.2f}", c["verdict"], *paper])
+    head = ["contrast", "n", "difference", "level %", "verdict", "paper", "model", "paper's is"]
+    return as_table("Contrasts", head, rows, CONTRASTS_NOTE)
 
 
-def mechanism_table(runs):
-    """-> text: for each setting a table of what report has measured."""
-    text = ""
-    for title, methods in by_setting(runs).items():
-        rows, positions = [], []
-        for name, seeds in methods.items():
-            measured = [run.mechanism for run in seeds.values()]
-            layers = zip(*(found["correlation"] for found in measured))
-            rows.append([name, str(len(measured)), *(
-                mean_and_deviation([found[key] for found in measured], digits)
-                for key, digits in (("beta_variance", 5), ("offset_variance", 5), ("cosine", 3))),
-                " ".join("  -  " if None in layer else f"{mean(layer):+.2f}" for layer in layers)])
-            found = [run["position"] for run in measured]
-            positions.append([
-                name, *(mean_and_deviation([run[key] for run in found], 1) for key in ("ordered", "shuffled")),
-                *(" ".join(f"{mean(place):3.0f}" for place in zip(*(run[key] for run in found)))
-                  for key in ("stream", "normed"))])
-        text += as_table(f"{title}: measured", ["method", "n", "beta variance", "offset variance", "cosine",
-                                                "correlations"], rows)
-        text += as_table(f"{title}: position, %", ["method", "accuracy", "patches shuffled", "index read from x",
-                                                   "from LN(x)"], positions)
-    return text + ("Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);\n"
-                   "cosine of an image's mean token before and after it. Correlations of LN(x), averaged over images,\n"
-                   "with the PE that is added to it: block 0, 1, ..., last norm. Position: test accuracy on some test\n"
-                   "images, then with the patches of each shuffled; share of tokens whose patch index a linear map\n"
-                   "reads from the stream x that enters block 0, 1, ..., and from LN(x), block 0, 1, ..., last norm.\n")
+def mechanism_tables(methods):
+    """-> text: what report has measured in the models of a setting; every run has a mechanism."""
+    norms, positions = [], []
+    for name, seeds in methods.items():
+        measured = [run.mechanism for run in seeds.values()]
+        norms.append([name, str(len(measured)), *(
+            mean_and_deviation([values[key] for values in measured], digits)
+            for key, digits in (("beta_variance", 5), ("offset_variance", 5), ("cosine", 3))),
+            " ".join("  -  " if None in layer else f"{mean(layer):+.2f}"
+                     for layer in zip(*(values["correlation"] for values in measured)))])
+        measured = [values["position"] for values in measured]
+        positions.append([
+            name, *(mean_and_deviation([values[key] for values in measured], 1) for key in ("ordered", "shuffled")),
+            *(" ".join(f"{mean(layer):3.0f}" for layer in zip(*(values[key] for values in measured)))
+              for key in ("stream", "normed"))])
+    head = ["method", "n", "beta variance", "offset variance", "cosine", "correlations"]
+    text = as_table("Last norm and correlations", head, norms, MECHANISM_NOTE)
+    head = ["method", "accuracy", "patches shuffled", "index read from x", "from LN(x)"]
+    return text + as_table("Position, %", head, positions, POSITION_NOTE)
 
 
 # ----------------------------------------------------------------------------------------------------- eval and report
@@ -1405,7 +1418,7 @@ def evaluate_command(
     device = choose_device(device)
     model, checkpoint = load_checkpoint(run, **dict(image_size=image_size) if image_size else {})
     config, size = checkpoint["config"], model.image_shape[1]
-    net = fold(model.eval()) if fold_ else model
+    net = fold(model) if fold_ else model
     if DATASETS[config["data"]].load and image_size:                 # files are cropped to any size
         resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
         net.forward = lambda images, forward=net.forward: forward(resize(images))
@@ -1414,7 +1427,7 @@ def evaluate_command(
     accuracy, loss = result["test_accuracy"], result["test_loss"]
     typer.echo(f"{method_label(config)}, {config['model']}{', folded' if fold_ else ''}, {config['data']} at {size}x"
                f"{size}, seed {config['seed']}, epoch {len(checkpoint['log'])}: test accuracy {accuracy:.2f} %, "
-               f"loss {loss:.4f}, {len(data):,} images")
+               f"loss {loss:.4f}, {len(data) - data.failures:,} images")
 
 
 def watch_norms(model, images):
@@ -1428,13 +1441,19 @@ def watch_norms(model, images):
     return *zip(*seen), logits
 
 
+def last_norm_offset(model):
+    """-> (D): beta + mean of LN'(pos_0), which under GAP the last norm adds to every image's vector."""
+    beta, last = model.norm.bias.detach(), model.last_norm_pe(model.delivered_pe())
+    return beta if last is None else beta + last.detach().reshape(-1, len(beta)).mean(0)  # "shift" has one row
+
+
 @torch.no_grad()
 def measure(model, batches):
-    """What the paper draws of a trained model, from normalised images (B, 3, H, W) -> a dict.
+    """Measures what the paper plots of a trained model, on normalised images (B, 3, H, W) -> a dict.
 
     tokens, pe: of each block and the last norm, LN_l(x_l) averaged over images, and the PE that is added to it, (N, D)
     or None; correlation: Pearson's, of all entries of those two (Figure 4); beta, gamma: the last norm's, (D); offset:
-    beta + mean of LN'(pos_0); cosine: similarity of an image's mean token before and after the last norm, averaged over
+    see last_norm_offset; cosine: similarity of an image's mean token before and after the last norm, averaged over
     images (the paper's appendix).
     """
     tokens, cosines = 0, []
@@ -1444,13 +1463,13 @@ def measure(model, batches):
         cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
     delivered = model.delivered_pe()
-    last = model.last_norm_pe(delivered)
-    pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu() for e in (*delivered, last)]
+    pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu()
+          for e in (*delivered, model.last_norm_pe(delivered))]
     correlation = [None if e is None or e.min() == e.max() else  # undefined for a constant PE
                    torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item() for t, e in zip(tokens, pe)]
-    beta, gamma = model.norm.bias.detach().cpu(), model.norm.weight.detach().cpu()
-    return dict(tokens=[*tokens], pe=pe, correlation=correlation, cosine=torch.cat(cosines).mean().item(), beta=beta,
-                gamma=gamma, offset=beta if last is None else beta + pe[-1].mean(0))
+    return dict(tokens=[*tokens], pe=pe, correlation=correlation, cosine=torch.cat(cosines).mean().item(),
+                beta=model.norm.bias.detach().cpu(), gamma=model.norm.weight.detach().cpu(),
+                offset=last_norm_offset(model).cpu())
 
 
 def shuffle_patches(images, size, generator):
@@ -1462,7 +1481,9 @@ def shuffle_patches(images, size, generator):
 
 @torch.no_grad()
 def measure_position(model, batches):
-    """How much position a trained model holds and needs, from lists of normalised images and labels -> a dict, in %.
+    """How well a linear map finds each token's position, and what the model's accuracy owes to it -> a dict, in %.
+
+    batches: a list of normalised images (B, 3, H, W) and labels (B,).
 
     stream, normed: share of patch tokens whose index a linear map reads from x_l that enters block 0, 1, ...; from
     LN_l(x_l), block 0, 1, ..., and LN(x_L). attention: from LN_l(x_l) + e_l, None where there is no e_l. The map is a
@@ -1475,8 +1496,8 @@ def measure_position(model, batches):
     def features(images):
         """-> (places, B, N, D): the stream's, then the normed ones, then the attention's; logits."""
         inputs, outputs, logits = watch_norms(model, images)
-        inside = [y + e for y, e in zip(outputs, delivered) if e is not None]
-        return torch.stack([*inputs[:-1], *outputs, *inside])[:, :, -patches:].cpu().double(), logits
+        attention = [y + e for y, e in zip(outputs, delivered) if e is not None]
+        return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double(), logits
 
     count, sums, moments = 0, 0, 0
     for images, _ in batches:
@@ -1489,109 +1510,107 @@ def measure_position(model, batches):
     variance += 1e-3 * variance.mean(1, keepdim=True)                # the ridge
     weights = torch.linalg.solve(covariance, (means - center).mT)    # (places, D, N), times N: of the regression
 
-    read, right, generator = [], [], torch.Generator().manual_seed(0)
+    found, correct, generator = [], [], torch.Generator().manual_seed(0)
     for images, labels in batches:
         x, logits = features(images)
         scores = (x[:, 1::2] - center[:, None]) @ weights[:, None]   # (places, B, N, N)
-        read.append((scores.argmax(3) == torch.arange(patches)).double().mean(2))
-        mixed = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
-        right.append(torch.stack([logits.argmax(1) == labels, mixed.argmax(1) == labels]))
-    read = (100 * torch.cat(read, 1).mean(1)).tolist()
-    ordered, shuffled = (100 * torch.cat(right, 1).cpu().double().mean(1)).tolist()
-    inside = iter(read[2 * depth + 1:])
-    return dict(stream=read[:depth], normed=read[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
-                attention=[None if e is None else next(inside) for e in delivered], chance=100 / patches)
+        found.append((scores.argmax(3) == torch.arange(patches)).double().mean(2))
+        shuffled_logits = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
+        correct.append(torch.stack([logits.argmax(1) == labels, shuffled_logits.argmax(1) == labels]))
+    found = (100 * torch.cat(found, 1).mean(1)).tolist()
+    ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
+    attention = iter(found[2 * depth + 1:])
+    return dict(stream=found[:depth], normed=found[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
+                attention=[None if e is None else next(attention) for e in delivered], chance=100 / patches)
 
 
-def new_figure(columns=1, width=5.0, height=3.6):
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+def measure_run(run, model, batches):
+    """Measures a run's trained model, into run.mechanism and mechanism.json. -> tokens and pe, for draw_layers."""
+    values = measure(model, (images for images, _ in batches)) | dict(position=measure_position(model, batches))
+    tokens, pe = values.pop("tokens"), values.pop("pe")
+    torch.manual_seed(run.config["seed"])                            # the model before training
+    values["offset_before"] = torch.zeros(0) if run.config["init"] else last_norm_offset(build_model(run.config))
+    values |= {f"{name}_variance": values[name].var().item() for name in ("beta", "offset")}
+    run.mechanism.update({name: value.tolist() if torch.is_tensor(value) else value for name, value in values.items()})
+    save(run.folder / "mechanism.json", (json.dumps(run.mechanism) + "\n").encode())
+    return tokens, pe
 
 
-def draw_methods(ax, methods, values_of, dotted=False, blocks=None):
-    """Draws a line for each method, the mean of its runs, in a band from the least to the greatest.
+SORTED = "dimension, sorted by value"
+FIGURES = {  # panels of a figure: x axis, y axis, what is drawn, what is dotted, for comparison
+    "curves": [("epoch", "training loss, cross entropy", "loss"), ("epoch", "test accuracy, %", "test_accuracy")],
+    "correlation": [("block", "correlation of LN(x) and its PE", "correlation")],
+    "last_norm": [
+        (SORTED, "last norm's weight gamma", "gamma"), (SORTED, "last norm's bias beta", "beta"),
+        (SORTED, "beta + mean of LN'(pos_0)\n(dotted: before training)", "offset", "offset_before")],
+    "position": [
+        ("block", "% of tokens whose patch index\nis read from the stream x", "stream"),
+        ("block", "% of tokens whose patch index\nis read from LN(x) (dotted: with its PE)", "normed", "attention"),
+        ("patches", "test accuracy, %", "accuracy")],
+}
 
-    values_of: run -> values, None where there is none. dotted: a reference, without names at the ends of the lines.
-    blocks: their number, if the values are those of blocks and the last norm. A method has the same colour in all
-    figures; with other options it is dashed.
+
+def values_along(x, name, run):
+    """-> tensor: what a figure shows of a run along the axis x; nan where there is nothing."""
+    if x == "epoch":
+        values = [None, *(line[name] for line in run.log)]
+    else:
+        measured = run.mechanism | run.mechanism["position"]
+        measured["accuracy"] = [measured["ordered"], measured["shuffled"]]
+        values = sorted(measured[name]) if x == SORTED else measured[name]
+    return torch.tensor([math.nan if value is None else value for value in values])
+
+
+def draw_figure(path, panels, methods):
+    """Writes a figure of FIGURES: one line per method, the mean of its runs, with a band from minimum to maximum.
+
+    A method has the same colour in all figures; with other options it is dashed.
     """
-    ends = []
-    for label, seeds in methods.items():
-        values = torch.tensor([[math.nan if value is None else value for value in values_of(run)]
-                               for run in seeds.values()]).T.tolist()  # (places, runs)
-        low, high, middle = ([f(place) for place in values] for f in (min, max, mean))
-        color = f"C{list(METHODS).index(next(iter(seeds.values())).config['method'])}"
-        ax.plot(middle, ":" if dotted else "--" if "=" in label else "-", marker="." * (len(middle) < 20), color=color)
-        ax.fill_between(range(len(low)), low, high, color=color, alpha=0.2, lw=0)
-        ends += [(value, label, color) for value in middle if not dotted and not math.isnan(value)][-1:]
-    ax.grid(visible=True, alpha=0.3)
-    if blocks:
-        ax.set_xticks(range(blocks + 1), [*map(str, range(blocks)), "last\nnorm"])
-        ax.set_xlabel("block")
-    (low, high), place = ax.get_ylim(), math.inf
-    for end, label, color in sorted(ends, reverse=True):             # names beside the ends, apart from each other
-        place = min(end, place - (high - low) / 18)
-        ax.text(1.02, place, label, color=color, va="center", size=9, transform=ax.get_yaxis_transform())
-
-
-def draw_curves(path, methods):
-    figure, axes = new_figure(2)
-    for ax, key, name in zip(axes, ("loss", "test_accuracy"), ("training loss, cross entropy", "test accuracy, %")):
-        draw_methods(ax, methods, lambda run, key=key: [None, *(line[key] for line in run.log)])
-        ax.set(xlabel="epoch", ylabel=name)
+    from matplotlib.figure import Figure
+    depth = MODELS[any_config(methods)["model"]].get("depth", 12)
+    figure = Figure(figsize=(5 * len(panels) + 1, 3.8), layout="constrained")
+    for ax, (x, y, *lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        names = []
+        for label, seeds in methods.items():
+            color = f"C{list(METHODS).index(next(iter(seeds.values())).config['method'])}"
+            for line, style in zip(lines, ("--" if "=" in label else "-", ":")):
+                values = torch.stack([values_along(x, line, run) for run in seeds.values()])
+                low, middle, high = values.amin(0).tolist(), values.mean(0).tolist(), values.amax(0).tolist()
+                ax.plot(middle, style, marker="." * (len(middle) < 20), color=color)
+                ax.fill_between(range(len(low)), low, high, color=color, alpha=0.2, lw=0)
+                if style != ":":
+                    names += [(value, label, color) for value in middle if not math.isnan(value)][-1:]
+        ax.grid(visible=True, alpha=0.3)
+        ax.set(xlabel=x, ylabel=y)
         ax.xaxis.get_major_locator().set_params(integer=True)
+        if x == "block":
+            ax.set_xticks(range(depth + 1), [*map(str, range(depth)), "last\nnorm"])
+        if x == "patches":
+            ax.set_xticks([0, 1], ["in order", "shuffled"])
+        if lines == ["correlation"]:                                 # Figure 4: layers 4 and 11 of 0 to 11
+            ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
+            ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
+        (low, high), place = ax.get_ylim(), math.inf
+        for end, label, color in sorted(names, reverse=True):        # beside the ends, apart from each other
+            place = min(end, place - (high - low) / 18)
+            ax.text(1.02, place, label, color=color, va="center", size=9, transform=ax.get_yaxis_transform())
     figure.savefig(path)
 
 
-def draw_contrasts(path, methods):
+def draw_contrasts(path, rows):
     """Writes a figure of contrasts: ours with interval and verdict, the paper's as a hollow mark."""
-    rows = contrasts(methods)[::-1]
-    figure, (ax,) = new_figure(1, 8, 1 + 0.32 * len(rows))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 1 + 0.32 * len(rows)), layout="constrained")
+    ax = figure.subplots()
     for y, row in enumerate(rows):
-        ax.errorbar(mean(row.values), y, xerr=row.half, fmt="o", color="C0", capsize=3)
-        ax.plot(math.nan if row.paper is None else row.paper, y, "D", mfc="none", color="black")
-        ax.text(1.02, y, row.verdict, transform=ax.get_yaxis_transform(), va="center")
+        ax.errorbar(mean(row["values"]), y, xerr=row["half"], fmt="o", color="C0", capsize=3)
+        ax.plot(math.nan if row["paper"] is None else row["paper"], y, "D", mfc="none", color="black")
+        ax.text(1.02, y, row["verdict"], transform=ax.get_yaxis_transform(), va="center")
     ax.axvline(0, color="grey", lw=1)
     ax.grid(axis="x", alpha=0.3)
-    ax.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows],
+    ax.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows],
            xlabel="difference of test accuracy, percentage points (diamond: the paper)")
-    figure.savefig(path)
-
-
-def draw_correlation(path, methods, run):
-    """Writes the correlation of tokens and PE by block (Figure 4)."""
-    (figure, (ax,)), blocks = new_figure(width=6.4), len(run.mechanism["correlation"]) - 1
-    ax.set(ylim=(-1, 1), ylabel="correlation of LN(x) and its PE")
-    draw_methods(ax, methods, lambda run: run.mechanism["correlation"], blocks=blocks)
-    ax.plot([4 / 11 * (blocks - 1), blocks - 1], [-0.37, -0.95], "D", mfc="none", color="black")
-    ax.set_title("diamonds: layers 4 and 11 of 0 to 11 of the paper's DeiT-Ti", size=9)
-    figure.savefig(path)
-
-
-def draw_last_norm(path, methods, run):
-    figure, axes = new_figure(3)
-    names = dict(gamma="last norm's weight gamma", beta="last norm's bias beta", offset="beta + mean of LN'(pos_0)")
-    for ax, (key, name) in zip(axes, names.items()):
-        draw_methods(ax, methods, lambda run, key=key: sorted(run.mechanism[key]))
-        ax.set(xlabel="dimension, sorted by value", ylabel=name)
-    draw_methods(axes[2], methods, lambda run: sorted(run.mechanism["offset_before"]), dotted=True)
-    axes[2].set_title("dotted: before training", size=9)
-    figure.savefig(path)
-
-
-def draw_position(path, methods, run):
-    """Writes what measure_position found."""
-    (figure, axes), blocks = new_figure(3), len(run.mechanism["correlation"]) - 1
-    for ax, key, title in zip(axes, ("stream", "normed"), ("from the stream x", "from LN(x); dotted: with its PE")):
-        draw_methods(ax, methods, lambda run, key=key: run.mechanism["position"][key], blocks=blocks)
-        ax.set_title(f"patch index read {title}", size=9)
-        ax.set(ylabel="tokens, % (grey: chance)", ylim=(0, 105))
-        ax.axhline(run.mechanism["position"]["chance"], color="grey", lw=1)
-    draw_methods(axes[1], methods, lambda run: run.mechanism["position"]["attention"], dotted=True)
-    draw_methods(axes[2], methods, lambda run: [run.mechanism["position"][key] for key in ("ordered", "shuffled")])
-    axes[2].set_xticks([0, 1], ["patches in order", "shuffled"])
-    axes[2].set_ylabel("test accuracy, %")
+    ax.invert_yaxis()
     figure.savefig(path)
 
 
@@ -1619,8 +1638,8 @@ def draw_layers(path, title, tokens, pe):
 def report(
     folders: list[Path] = typer.Argument(help="Folders of runs.", metavar="RUNS..."),
     out: Path = flag("Folder for the figures.", default=Path("runs/report")),
-    base: str | None = flag("Method to compare the others with.", shown="the first"),
-    images: int = flag("Test images to average over.", default=1000, min=2),
+    base: str | None = flag("Method to compare the others with.", shown="default, or the first there is"),
+    images: int = flag("Measure on at most this many test images.", default=1000, min=2),
     data_dir: Path = DATA_DIR,
     device: str = DEVICE,
 ):
@@ -1628,46 +1647,41 @@ def report(
 
     Measures runs that have weights and writes mechanism.json; others use the one they have. Figures need matplotlib.
     """
-    device, runs, tests, layers = choose_device(device), finished_runs(folders), {}, {}
-    if not runs or base not in (None, *(run.label for run in runs)):
-        raise SystemExit("error: " + (f"none of these runs is of --base {base}" if runs else
-                                      "none of these folders holds a finished run"))
-    text = results_table(runs, base=base)
+    device, runs = choose_device(device), finished_runs(folder for folder in folders if folder != out)
+    if not runs:
+        raise SystemExit("error: none of these folders holds a finished run")
+    if base not in (None, *(run.label for run in runs)):
+        raise SystemExit(f"error: none of these runs is of --base {base}")
+    settings, test_images, heatmaps = by_setting(runs), {}, {}
     for run in tqdm([run for run in runs if (run.folder / "last.pt").exists()], "measuring", leave=False, disable=None):
         model, key = load_checkpoint(run.folder)[0].to(device).eval(), (run.config["data"], run.config["image_size"])
         try:
-            if key not in tests:
+            if key not in test_images:
                 data = load_data(run.config, data_dir, device, None, ["test"])["test"]
                 every = math.ceil(len(data) / images)                # files are sorted by class
                 batches = [(x[y >= 0], y[y >= 0]) for x, y in data.test_batches(0, every, 50)]
-                tests[key] = [(normalise(x.to(device), key[0]), y.to(device)) for x, y in batches]
-        except (OSError, SystemExit):
-            typer.echo(f"note: {run.folder} is not measured: its data are not in --data-dir {data_dir}", err=True)
+                test_images[key] = [(normalise(x.to(device), key[0]), y.to(device)) for x, y in batches]
+        except (OSError, SystemExit) as error:
+            typer.echo(f"note: {run.folder} is not measured ({error})", err=True)
             continue
-        found = measure(model, (x for x, _ in tests[key])) | dict(position=measure_position(model, tests[key]))
-        layers.setdefault(run.label, (run.folder.name, found.pop("tokens"), found.pop("pe")))
-        torch.manual_seed(run.config["seed"])
-        fresh = build_model(run.config)
-        last = fresh.last_norm_pe(fresh.delivered_pe())
-        found["offset_before"] = torch.zeros_like(found["beta"]) if last is None else (
-            last.detach().reshape(-1, last.shape[-1]).mean(0))       # "shift" has one row
-        found |= {f"{name}_variance": found[name].var().item() for name in ("beta", "offset")}
-        run.mechanism.update({name: value.tolist() if torch.is_tensor(value) else value
-                              for name, value in found.items()})
-        save(run.folder / "mechanism.json", (json.dumps(run.mechanism) + "\n").encode())
-    measured = [run for run in runs if "position" in run.mechanism]
-    typer.echo("\n".join([text, contrast_table(runs)] + [mechanism_table(measured)] * bool(measured)))
+        tokens_and_pe = measure_run(run, model, test_images[key])
+        heatmaps.setdefault((setting(run.config), run.label), (run.folder.name, *tokens_and_pe))
+    measured = by_setting(run for run in runs if "position" in run.mechanism)
+    found = {title: contrasts(methods) for title, methods in settings.items()}
+    for title, methods in settings.items():
+        typer.echo(results_table(title, methods, base) + contrast_table(found[title])
+                   + mechanism_tables(measured.get(title, {})))
     try:
-        for title, methods in by_setting(runs).items():
-            folder = out / title.replace(", ", "-").replace(" ", "-") if len(by_setting(runs)) > 1 else out
+        for title, methods in settings.items():
+            folder = out / title.replace(", ", "-").replace(" ", "-") if len(settings) > 1 else out
             folder.mkdir(parents=True, exist_ok=True)
-            draw_curves(folder / "curves.png", methods)
-            if contrasts(methods):
-                draw_contrasts(folder / "contrasts.png", methods)
-            found = [run for run in measured if setting(run.config) == title]
-            for draw in (draw_correlation, draw_last_norm, draw_position) if found else ():
-                draw(folder / f"{draw.__name__.removeprefix('draw_')}.png", by_setting(found)[title], found[0])
-        for name, tokens, pe in layers.values():
+            if found[title]:
+                draw_contrasts(folder / "contrasts.png", found[title])
+            for name, panels in FIGURES.items():
+                shown = methods if name == "curves" else measured.get(title)
+                if shown:
+                    draw_figure(folder / f"{name}.png", panels, shown)
+        for name, tokens, pe in heatmaps.values():
             draw_layers(out / f"layers-{name}.png", name, tokens, pe)
         typer.echo(f"figures in {out}")
     except ImportError:
