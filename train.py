@@ -1175,7 +1175,7 @@ def sweep(
         settings = by_setting(runs, [run.label for run in runs])
         table = "".join(results_table(title, methods) for title, methods in settings.items())
         save(shared.params["runs"] / "sweep.md", table.encode())
-        typer.echo(f"\n{table}")
+        typer.echo(f"\n{table}", nl=False)
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
 
@@ -1670,7 +1670,7 @@ def report(
     found = {title: contrasts(methods) for title, methods in settings.items()}
     for title, methods in settings.items():
         typer.echo(results_table(title, methods, base) + contrast_table(found[title])
-                   + mechanism_tables(measured.get(title, {})))
+                   + mechanism_tables(measured.get(title, {})), nl=False)
     try:
         for title, methods in settings.items():
             folder = out / title.replace(", ", "-").replace(" ", "-") if len(settings) > 1 else out
