@@ -1525,7 +1525,7 @@ def measure_position(model, batches):
 
 
 def measure_run(run, model, batches):
-    """Measures a run's trained model, into run.mechanism and mechanism.json. -> tokens and pe, for draw_layers."""
+    """Measures a run's trained model, into run.mechanism and mechanism.json. -> tokens and pe, for plot_layers."""
     values = measure(model, (images for images, _ in batches)) | dict(position=measure_position(model, batches))
     tokens, pe = values.pop("tokens"), values.pop("pe")
     torch.manual_seed(run.config["seed"])                            # the model before training
@@ -1561,7 +1561,7 @@ def values_along(x, name, run):
     return torch.tensor([math.nan if value is None else value for value in values])
 
 
-def draw_figure(path, panels, methods):
+def plot_lines(path, panels, methods):
     """Writes a figure of FIGURES: one line per method, the mean of its runs, with a band from minimum to maximum.
 
     A method has the same colour in all figures; with other options it is dashed.
@@ -1597,7 +1597,7 @@ def draw_figure(path, panels, methods):
     figure.savefig(path)
 
 
-def draw_contrasts(path, rows):
+def plot_contrasts(path, rows):
     """Writes a figure of contrasts: ours with interval and verdict, the paper's as a hollow mark."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 1 + 0.32 * len(rows)), layout="constrained")
@@ -1614,7 +1614,7 @@ def draw_contrasts(path, rows):
     figure.savefig(path)
 
 
-def draw_layers(path, title, tokens, pe):
+def plot_layers(path, title, tokens, pe):
     """Writes a heatmap of the averaged tokens and of the PE of each layer, (N, D) each (Figures 2 and 8)."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(1.6 * len(pe) + 0.8, 4.4), layout="constrained")
@@ -1676,13 +1676,13 @@ def report(
             folder = out / title.replace(", ", "-").replace(" ", "-") if len(settings) > 1 else out
             folder.mkdir(parents=True, exist_ok=True)
             if found[title]:
-                draw_contrasts(folder / "contrasts.png", found[title])
+                plot_contrasts(folder / "contrasts.png", found[title])
             for name, panels in FIGURES.items():
                 shown = methods if name == "curves" else measured.get(title)
                 if shown:
-                    draw_figure(folder / f"{name}.png", panels, shown)
+                    plot_lines(folder / f"{name}.png", panels, shown)
         for name, tokens, pe in heatmaps.values():
-            draw_layers(out / f"layers-{name}.png", name, tokens, pe)
+            plot_layers(out / f"layers-{name}.png", name, tokens, pe)
         typer.echo(f"figures in {out}")
     except ImportError:
         typer.echo("the figures need matplotlib: pip install matplotlib")
