@@ -1293,10 +1293,10 @@ by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
 Differences are paired by seed; +- is half of the confidence interval of that level. A verdict is on
-the sign; read it once, at the planned number of seeds. The first row is tested at 5 % by itself. The
-next four, the paper's simple differences, share 5 % by Holm's procedure: once one is inconclusive,
-so are all with a larger p-value. Last column: is the paper's value, one run a method, inside our
-interval?
+the sign, from four seeds on; read it once, at the planned number of seeds. The first row is tested
+at 5 % by itself. The next four, the paper's simple differences, share 5 % by Holm's procedure: once
+one is inconclusive, so are all with a larger p-value. Last column: is the paper's value, of one run
+per method, inside our interval?
 """
 MECHANISM_NOTE = """\
 Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
@@ -1342,7 +1342,7 @@ def contrasts(methods):
     values: percentage points, one per seed; half: half the width of the 1 - alpha confidence interval; verdict: does it
     agree with the paper's sign, if it excludes 0; paper: the paper's value, paper_model: the model that it is of. alpha
     is 0.05, but CLAIMS share it by Holm's procedure: 0.05 / 4 for the smallest p-value, 0.05 / 3 for the next, ...;
-    once one is inconclusive, so are all with a larger p-value.
+    once one is inconclusive, so are all with a larger p-value. There is no verdict under four seeds.
     """
     config = any_config(methods)
     if config["data"] == "numbers" or config["init"]:                # nothing in the paper compares with these
@@ -1361,7 +1361,7 @@ def contrasts(methods):
     for name in values:
         papers = [(value, model) for (model, _), table in own_model_first for value in contrast_values(name, [table])]
         paper, paper_model = papers[0] if papers else (None, "")
-        verdict = "" if name in OTHERS else "inconclusive" if name not in exclude_0 else (
+        verdict = "" if name in OTHERS or len(values[name]) < 4 else "inconclusive" if name not in exclude_0 else (
             "agrees" if mean(values[name]) * paper > 0 else "disagrees")
         rows.append(dict(name=name, values=values[name], alpha=alpha[name], half=half[name], verdict=verdict,
                          paper=paper, paper_model=paper_model))
