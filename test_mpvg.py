@@ -1336,10 +1336,13 @@ def test_the_published_files_of_deit_and_lape_load(tmp_path, files, cli):
     assert torch.equal(tuned["blocks.11.pe_norm.weight"], lape["blocks.11.pe_norm.weight"])
 
 
-def test_a_run_on_files(files, cli, tmp_path):
+def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     """Through workers; evaluated again at its size, at another and of the whole short side."""
     flags = ["--data-dir", files, "--model", "vit-nano", "--image-size", 32, "--batch-size", 24, "--epochs", 2]
+    real, asked = train.DataLoader, set()
+    monkeypatch.setattr(train, "DataLoader", lambda *a, **how: asked.add(how["num_workers"]) or real(*a, **how))
     result = cli(*flags, "--workers", 2, "--fraction", 0.95, data="imagenet")
+    assert asked == {2}
     assert result.code == 0 and "48 images to train, 15 to test" in result.out, result.err
     folder = tmp_path / "mpvg-vit-nano-imagenet-seed0"
     last = log_of(folder)[-1]

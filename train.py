@@ -110,7 +110,7 @@ class Recipe:
 
 
 def parse_assignments(text, separator, names):
-    """"mixup=0,lr_per=step" -> {"mixup": 0, "lr_per": "step"}. Raises ValueError for an unknown name."""
+    """Text such as mixup=0,lr_per=step -> {"mixup": 0, "lr_per": "step"}. Raises ValueError for an unknown name."""
     values = {}
     for item in filter(None, (text or "").split(separator)):
         name, _, word = item.strip().partition("=")
