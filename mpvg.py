@@ -376,10 +376,9 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_cls=False
     """Loads a checkpoint, a path or a state dict, into the model and returns the model. DeiT's, timm's and LaPE's fit.
 
     A PE of another grid is resized; old_grid, (h, w) in patches, is needed where the checkpoint's grid is not square.
-    new_head: keep the model's own head where the checkpoint has another number of classes. from_cls: take weights that
-    were trained with a class token, such as DeiT's, into gap, pvg or mpvg; the token and its PE row are dropped, and
-    PE norms that the file lacks start at gamma = beta = 0, so that the model starts as `gap` with these weights. Raises
-    ValueError with every missing, unexpected or misshapen key; the model is then unchanged.
+    new_head: keep the model's head where the number of classes differs. from_cls: take weights with a class token into
+    gap, pvg or mpvg; the token and its PE row are dropped, and missing PE norms start at gamma = beta = 0, so that the
+    model starts as `gap`. Raises ValueError with every missing, unexpected or misshapen key, and loads nothing.
     """
     state = state_dict_of(read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source)
     state, own = drop_cls_token(model, state) if from_cls else dict(state), model.state_dict()

@@ -1860,22 +1860,22 @@ def sweep(*flags):
     return run_cli(train.main, "sweep", "--data", "numbers", "--device", "cpu", *flags)
 
 
-def test_a_real_sweep_side_by_side(tmp_path):
+def test_a_real_sweep_side_by_side(files, tmp_path):
     """Processes of their own, two at once; again, it skips finished runs; a run that fails is named."""
-    flags = ["--methods", "gap,mpvg:layer0=true", "--seeds", "1", "--jobs", "2", "--epochs", "1", "--fraction", "0.01",
-             "--runs", tmp_path]
+    flags = ["--methods", "gap,mpvg:layer0=true", "--seeds", "1", "--jobs", "2", "--epochs", "1", "--batch-size", "12",
+             "--data", "imagenet", "--data-dir", files, "--image-size", "32", "--model", "vit-nano", "--runs", tmp_path]
     result = sweep(*flags)
     assert result.code == 0, result.err
     table = (tmp_path / "sweep.md").read_text()
-    names = ["gap-vit-nano-numbers-seed0", "mpvg-layer0=True-vit-nano-numbers-seed0"]
+    names = ["gap-vit-nano-imagenet-seed0", "mpvg-layer0=True-vit-nano-imagenet-seed0"]
     assert table in result.out and [row[0] for row in rows_of(table)[2:]] == ["gap", "mpvg-layer0=True"]
     for name in names:
         assert load(tmp_path / name)["log"][-1]["epoch"] == 1 and f"finished {tmp_path / name}.txt" in result.out
-        assert "300 images to train, 4,000 to test" in (tmp_path / f"{name}.txt").read_text()
+        assert "51 images to train, 15 to test" in (tmp_path / f"{name}.txt").read_text()
     for name in names:                                                          # a log is enough, with the same flags
         (tmp_path / name / "last.pt").unlink()
     path = tmp_path / names[1] / "config.json"
-    path.write_text(path.read_text().replace('"lr": 0.002', '"lr": 0.004'))
+    path.write_text(path.read_text().replace('"flip": 0.5', '"flip": 0.4'))
     result = sweep(*flags)
     assert result.code == 1 and f"error: 1 of 2 runs failed: {names[1]}" in result.err
     assert f"failed, see {tmp_path / names[1]}.txt" in result.out and "| gap" in (tmp_path / "sweep.md").read_text()
