@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -348,24 +347,23 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def sample(x, grid, bilinear):
-    """x at grid (B, H, W, 2), places (u, v) from -1 to 1: the first `bilinear` images bilinear, the others bicubic."""
-    x = x.float()
-    parts = [F.grid_sample(x[rows], grid[rows], mode, "border", align_corners=False)
-             for rows, mode in ((slice(bilinear), "bilinear"), (slice(bilinear, None), "bicubic")) if len(x[rows])]
-    return torch.cat(parts).clamp(0, 255)
+def sample(x, grid, bicubic):
+    """x at grid (B, H, W, 2), places (u, v) from -1 to 1. bicubic (B,): True, or False for bilinear interpolation."""
+    cubic, linear = (F.grid_sample(x.float(), grid, mode, "border", align_corners=False)
+                     for mode in ("bicubic", "bilinear"))
+    return torch.where(bicubic.view(-1, 1, 1, 1), cubic, linear).clamp(0, 255)
 
 
-def warp(x, bilinear, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
+def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     """The output at (u, v), from -1 to 1, is the input at (a u + b v + c, d u + e v + f), or `fill` (3,) outside."""
     matrix = torch.stack([t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
                           for t in (a, b, c, d, e, f)], dim=1)
     grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    return torch.where(inside, sample(x, grid, bilinear), fill.view(3, 1, 1)).to(torch.uint8)
+    return torch.where(inside, sample(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
 
 
-def resized_crop(x, box, bilinear):
+def resized_crop(x, box, bicubic):
     """The boxes (B, 4), top, left, height and width in pixels, enlarged to the whole image."""
     axes = []
     for axis, length in enumerate(x.shape[2:]):
@@ -374,7 +372,7 @@ def resized_crop(x, box, bilinear):
         place = start + place.clamp(min=0.5).minimum(size - 0.5)     # the edge pixel is repeated
         axes.append(place * 2 / length - 1)
     grid = torch.stack(torch.broadcast_tensors(axes[1][:, None], axes[0][..., None]), dim=-1)  # (B, H, W, 2)
-    return sample(x, grid, bilinear).round().to(torch.uint8)
+    return sample(x, grid, bicubic).round().to(torch.uint8)
 
 
 def blend(base, x, m, s):
@@ -390,24 +388,26 @@ def smooth(x):
     return y
 
 
-# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x, magnitude m from 0 to 10, sign s (B,), and how to warp.
+# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x, magnitude m from 0 to 10, sign s (B,);
+# affine: warp() with its interpolation and colour given.
 OPERATIONS = {
-    "AutoContrast": lambda x, m, s, warp: v2.autocontrast(x),
-    "Equalize": lambda x, m, s, warp: v2.equalize(x),
-    "Invert": lambda x, m, s, warp: 255 - x,
-    "Rotate": lambda x, m, s, warp: warp(x, a=(t := (3 * m * s).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
-    "Posterize": lambda x, m, s, warp: x & (-1 << (4 + (0.4 * m).int())).view(-1, 1, 1, 1).to(torch.uint8),
-    "Solarize": lambda x, m, s, warp: torch.where(x < 256 - (25.6 * m).int().view(-1, 1, 1, 1), x, 255 - x),
-    "SolarizeAdd": lambda x, m, s, warp: torch.where(
+    "AutoContrast": lambda x, m, s, affine: v2.autocontrast(x),
+    "Equalize": lambda x, m, s, affine: v2.equalize(x),
+    "Invert": lambda x, m, s, affine: 255 - x,
+    "Rotate": lambda x, m, s, affine: affine(x, a=(t := (3 * m * s).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
+    "Posterize": lambda x, m, s, affine: x & (-1 << (4 + (0.4 * m).int())).view(-1, 1, 1, 1).to(torch.uint8),
+    "Solarize": lambda x, m, s, affine: torch.where(x < 256 - (25.6 * m).int().view(-1, 1, 1, 1), x, 255 - x),
+    "SolarizeAdd": lambda x, m, s, affine: torch.where(
         x < 128, x + (11 * m).int().view(-1, 1, 1, 1), x).clamp(max=255).to(torch.uint8),
-    "Color": lambda x, m, s, warp: blend(v2.rgb_to_grayscale(x), x, m, s),
-    "Contrast": lambda x, m, s, warp: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m, s),
-    "Brightness": lambda x, m, s, warp: blend(torch.zeros_like(x), x, m, s),
-    "Sharpness": lambda x, m, s, warp: blend(smooth(x), x, m, s),
-    "ShearX": lambda x, m, s, warp: warp(x, b=0.03 * m * s, c=0.03 * m * s),
-    "ShearY": lambda x, m, s, warp: warp(x, d=0.03 * m * s, f=0.03 * m * s),
-    "TranslateX": lambda x, m, s, warp: warp(x, c=0.09 * m * s),
-    "TranslateY": lambda x, m, s, warp: warp(x, f=0.09 * m * s),
+    "Color": lambda x, m, s, affine: blend(v2.rgb_to_grayscale(x), x, m, s),
+    "Contrast": lambda x, m, s, affine: blend(
+        v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m, s),
+    "Brightness": lambda x, m, s, affine: blend(torch.zeros_like(x), x, m, s),
+    "Sharpness": lambda x, m, s, affine: blend(smooth(x), x, m, s),
+    "ShearX": lambda x, m, s, affine: affine(x, b=0.03 * m * s, c=0.03 * m * s),
+    "ShearY": lambda x, m, s, affine: affine(x, d=0.03 * m * s, f=0.03 * m * s),
+    "TranslateX": lambda x, m, s, affine: affine(x, c=0.09 * m * s),
+    "TranslateY": lambda x, m, s, affine: affine(x, f=0.09 * m * s),
 }
 
 
@@ -460,42 +460,24 @@ def draw_mixing(steps, height, width, recipe):
 
 
 def augment(x, draws, recipe, fill):
-    """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places.
-
-    Images with the same operation are grouped, so that each operation is one call on a slice.
-    """
+    """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
     if recipe.crop_scale < 1:
-        order = draws["crop_bicubic"].int().argsort()                # bilinear ones first
-        rows, bilinear = to_device(order, x.device), int((~draws["crop_bicubic"]).sum())
-        x[rows] = resized_crop(x[rows], to_device(draws["crop"][order], x.device), bilinear)
+        x = resized_crop(x, to_device(draws["crop"], x.device), to_device(draws["crop_bicubic"], x.device))
     if recipe.flip > 0:
         x = torch.where(to_device(draws["flip"], x.device).view(-1, 1, 1, 1), x.flip(3), x)
-    for operation, m, s, bicubic in zip(*(draws[key].T for key in ("operation", "magnitude", "sign", "bicubic"))):
-        order = (2 * operation + bicubic).argsort()
-        operation, bicubic = operation[order], bicubic[order]
-        rows, m, s = (to_device(t, x.device) for t in (order, m[order], s[order]))
-        y = x[rows]
-        for number, apply in enumerate(OPERATIONS.values()):
-            chosen = operation == number
-            if chosen.any():
-                start, stop = chosen.nonzero()[[0, -1], 0].tolist()
-                part = slice(start, stop + 1)
-                how = partial(warp, bilinear=int((~bicubic[part]).sum()), fill=fill)
-                y[part] = apply(y[part], m[part], s[part], how)
-        x[rows] = y
+    for operation, *parameters in zip(*(draws[key].T for key in ("operation", "magnitude", "sign", "bicubic"))):
+        m, s, bicubic = (to_device(t, x.device) for t in parameters)
+        for number, apply in enumerate(OPERATIONS.values()):         # each operation once, on all of its images
+            rows = to_device((operation == number).nonzero()[:, 0], x.device)
+            if len(rows):
+                x[rows] = apply(x[rows], m[rows], s[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
     return x
-
-
-@functools.lru_cache
-def channel_statistics(dataset_name, device):
-    """-> the data set's mean and std, (3, 1, 1) each; cached, since a GPU's host waits for such a copy."""
-    dataset = DATASETS[dataset_name]
-    return torch.tensor([dataset.mean, dataset.std], device=device).view(2, 3, 1, 1).unbind()
 
 
 def normalise(x, dataset_name):
     """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and deviation."""
-    mean, std = channel_statistics(dataset_name, x.device)
+    dataset = DATASETS[dataset_name]
+    mean, std = to_device(torch.tensor([dataset.mean, dataset.std]), x.device).view(2, 3, 1, 1)
     return (x / 255).sub_(mean).div_(std)
 
 
@@ -521,18 +503,18 @@ def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
     -> normalised images, and labels, or each class's share where images are mixed, (S, B, classes).
     """
     S, B = labels.shape
-    fill = (255 * channel_statistics(dataset_name, x.device)[0]).round()
+    fill = to_device(255 * torch.tensor(DATASETS[dataset_name].mean), x.device).round()
     x = augment(x.flatten(0, 1), draws, recipe, fill)                # (S * B, 3, H, W)
     if keep is not None:
         keep = to_device(keep, x.device)[:, None, None]              # (S, 1, 1, H, W)
         lam = keep.mean((2, 3, 4))[..., None]                        # corrected for clipped boxes
         labels = mix(F.one_hot(labels, classes).to(keep.dtype), lam)
-    if recipe.erase_first:                                           # DeiT: floats are mixed
-        x = erase_boxes(normalise(x, dataset_name), draws["erase"], seed).unflatten(0, (S, B))
-        return (x if keep is None else mix(x, keep)), labels
-    if keep is not None:                                             # ViT-Lite: pixels are mixed
+    if keep is not None and not recipe.erase_first:                  # ViT-Lite mixes pixels, then erases
         x = mix(x.unflatten(0, (S, B)).to(keep.dtype), keep).flatten(0, 1).round()
-    return erase_boxes(normalise(x, dataset_name), draws["erase"], seed).unflatten(0, (S, B)), labels
+    x = erase_boxes(normalise(x, dataset_name), draws["erase"], seed).unflatten(0, (S, B))
+    if keep is not None and recipe.erase_first:                      # DeiT erases, then mixes floats
+        x = mix(x, keep)
+    return x, labels
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -544,9 +526,9 @@ def epoch_order(recipe, count, seed, epoch):
     that nothing is mixed with itself and one decoding serves all crops.
     """
     size, repeats = recipe.batch_size, recipe.repeats
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed * 100_003 + epoch)  # the CPU's, no other
-        order, seeds = torch.randperm(count), torch.randint(2**62, (count // size,)).tolist()
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(count, generator=generator)
+    seeds = torch.randint(2**62, (count // size,), generator=generator).tolist()
     place = torch.arange(len(seeds) * size)
     return order[place // (2 * repeats) * 2 + place % 2].view(-1, size), seeds
 
@@ -554,9 +536,9 @@ def epoch_order(recipe, count, seed, epoch):
 def batches(data, recipe, config, epoch, rank=0, world_size=1):
     """Yields each step's images (B, 3, H, W) and targets, this process's B = batch_size / world_size of the batch.
 
-    Order, augmentation and mixing are drawn for the whole batch from (seed, epoch, step) and each process takes its
-    columns. So they do not depend on the number of processes, and a resumed run repeats them. Only the noise of random
-    erasing is drawn by each process for itself.
+    The order is drawn from (seed, epoch). Augmentation and mixing are drawn for whole batches from the seed of their
+    chunk's first step, and each process takes its columns. So they do not depend on the number of processes, and a
+    resumed run repeats them. Only the noise of random erasing is drawn by each process for itself.
     """
     size, shape, classes = recipe.batch_size, (config["image_size"],) * 2, config["num_classes"]
     order, seeds = epoch_order(recipe, len(data), config["seed"], epoch)
@@ -572,7 +554,6 @@ def batches(data, recipe, config, epoch, rank=0, world_size=1):
         noise_seed = seeds[first] + 2**62 + rank                     # seeds are under 2**62
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
-        del images, labels, targets                                  # before the next chunk is made
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -607,12 +588,10 @@ def make_train_step(net, optimizer, label_smoothing=0.0, precision="fp32", accum
     def train_step(images, targets):
         losses = []
         for x, y in zip(images.chunk(accumulate), targets.chunk(accumulate), strict=True):
-            synced = not isinstance(net, DistributedDataParallel) or len(losses) == accumulate - 1
-            with nullcontext() if synced else net.no_sync():         # gradients are averaged once a step
-                with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = net(x)
-                loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing) / accumulate
-                loss.backward()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = net(x)
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing) / accumulate
+            loss.backward()
             losses.append(loss.detach())
         optimizer.step()
         optimizer.zero_grad()
@@ -651,10 +630,10 @@ def capture(train_step, example):
     return replay
 
 
-def train_one_epoch(train_step, optimizer, epoch_batches, recipe, epoch, steps, device, bar):
-    """-> mean loss of the epoch's batches, of this process's share of them."""
+def train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device):
+    """-> mean loss of this process's share of the epoch's batches, which the progress bar yields."""
     losses = torch.zeros(steps, device=device)
-    for step, (images, targets) in enumerate(epoch_batches):
+    for step, (images, targets) in enumerate(bar):
         lr = lr_at(epoch if recipe.lr_per == "epoch" else epoch + step / steps, recipe)
         for group in optimizer.param_groups:
             if torch.is_tensor(group["lr"]):                         # a CUDA graph reads it there
@@ -662,7 +641,6 @@ def train_one_epoch(train_step, optimizer, epoch_batches, recipe, epoch, steps, 
             else:
                 group["lr"] = lr
         losses[step] = train_step(images.to(device), targets.to(device))
-        bar.update(recipe.batch_size)
         if step % 100 == 99:                                         # rarely: reading a loss waits for the GPU
             bar.set_postfix(loss=f"{losses[step].item():.3f}", refresh=False)
     return losses.mean().item()
@@ -723,11 +701,11 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
     for epoch in range(len(log), recipe.epochs):
         torch.manual_seed((config["seed"] * 100_003 + epoch) * 1009 + RANK)      # of dropout, also on a GPU
         epoch_start, failures = time.perf_counter(), sum(part.failures for part in data.values())
-        with tqdm(total=steps * recipe.batch_size, desc=f"epoch {epoch + 1} of {recipe.epochs}", unit=" images",
-                  leave=False, disable=True if RANK else None) as bar:           # None: silent without a terminal
-            model.train()
-            epoch_batches = batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE)
-            loss = train_one_epoch(train_step, optimizer, epoch_batches, recipe, epoch, steps, device, bar)
+        bar = tqdm(batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE), total=steps, leave=False,
+                   desc=f"epoch {epoch + 1} of {recipe.epochs}", unit=" images", unit_scale=recipe.batch_size,
+                   disable=True if RANK else None)                   # None: silent without a terminal
+        model.train()
+        loss = train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device)
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
         result = measure_accuracy()
         failures = sum(part.failures for part in data.values()) - failures
@@ -737,7 +715,7 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
             images_per_second=speed, unreadable=int(failures), seconds=time.perf_counter() - start))
         if RANK == 0:
             save_checkpoint(folder, model, optimizer, config, log)
-        sum_over_processes(0)                                        # the others wait until it is saved
+        barrier()                                                    # the others wait until it is saved
         print_main("{epoch:>5} {loss:>8.4f} {test_accuracy:>8.2f} {lr:>10.2e} {images_per_second:>10,.0f} {took:>9.0f} "
                    "{seconds:>11.0f}".format(**log[-1], took=time.perf_counter() - epoch_start))
     return log
@@ -749,6 +727,9 @@ def sum_over_processes(*numbers):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)                                        # on the CPU, through gloo
     return sums.tolist()
+
+
+barrier = partial(sum_over_processes, 0)
 
 
 def print_main(text):
@@ -791,26 +772,15 @@ def save_record(folder, config, log):
     save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def has_log(folder):
-    return (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size > 0
-
-
 def load_checkpoint(path, **sizes):
     """-> model, checkpoint: checked here and nowhere else. path: a run's folder, or a file; sizes: for build_model."""
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
-        config, log, state = checkpoint["config"], checkpoint["log"], checkpoint["optimizer"]["state"]
-        setting(config)                                              # knows what a configuration holds
-        model = load_weights(build_model(config, **sizes), checkpoint["model"])
-        groups = parameter_groups(model, config["weight_decay"], config["decay_pe"])
-        trained = [parameter.shape for group in groups for parameter in group["params"]]
-        if not sizes and trained != [state[i]["exp_avg"].shape for i in range(len(state))]:
-            raise ValueError("the optimizer's state is not of this model")
-        if not all(value.isfinite().all() for value in checkpoint["model"].values()):
-            raise ValueError("weights are not finite")
-        if log[-1]["epoch"] != len(log):
-            raise ValueError("the log is incomplete")
+        setting(checkpoint["config"])                                # fails where a value is missing
+        model = load_weights(build_model(checkpoint["config"], **sizes), checkpoint["model"])
+        if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
+            raise ValueError("it holds no finished epoch")
     except OSError as error:
         raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
     except Exception as error:                                       # an altered file can be wrong in any way
@@ -878,19 +848,19 @@ def configure(flags):
     cuda = device.type == "cuda"
     data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
     dataset, standard = DATASETS[data], DATASETS[data].recipe
-    named = flags["pe"], flags["pool"], flags["mpvg"]
+    chosen = flags["pe"], flags["pool"], flags["mpvg"]
     method, _, options = (flags["method"] or "").partition(":")
-    if method and any(named):
+    if method and any(chosen):
         refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
     if flags["method"] is None:
-        named = (named[0] or "layerwise", named[1] or "gap", named[2] or not any(named))
-        method = METHOD_OF_FLAGS.get(named) or refuse("mpvg", "it needs a PE and --pool gap")
+        pe, pool, mpvg = flags["pe"] or "layerwise", flags["pool"] or "gap", flags["mpvg"] or not any(chosen)
+        method = METHOD_OF_FLAGS.get((pe, pool, mpvg)) or refuse("mpvg", "it needs a PE and --pool gap")
     try:
         names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
         overrides = parse_assignments(options, ":", sorted(names))
     except ValueError as error:
         refuse("method", str(error))
-    if flags["pe"] == "none" or overrides.get("pe", "") is None:     # --method gap:pe=none
+    if flags["pe"] == "none" or overrides.get("pe", "") is None:     # parse_assignments reads "none" as None
         overrides["pe"] = "none"
 
     try:
@@ -1003,11 +973,7 @@ def train_command(
 ):
     """Train a Vision Transformer with a position embedding of the MPVG paper, and test it after every epoch.
 
-    \b
-    python train.py [OPTIONS]           train: config.json, log.jsonl, last.pt, best.pt in runs/NAME
-    python train.py sweep [OPTIONS]     train several methods with several seeds, print a table
-    python train.py eval RUN            test a run again, folded or at another size
-    python train.py report RUNS...      tables and figures of finished runs
+    Writes config.json, log.jsonl, last.pt and best.pt to RUNS/NAME. The commands below have a --help of their own.
 
     \b
     Examples:
@@ -1039,27 +1005,24 @@ def train_command(
 
 def train_run(flags, config, folder, device):
     """One process's part of a run, from its configuration to the last line."""
-    shared = [None]
+    from_first = [None]
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _lock = lock(folder)                                         # held until this function returns
-        recorded = has_log(folder)
         if flags["resume"] and (folder / "last.pt").exists():
-            shared = [load_checkpoint(folder)[1]]
-        elif flags["resume"] and recorded:
+            from_first = [load_checkpoint(folder)[1]]
+        elif flags["resume"] and (folder / "log.jsonl").exists():
             raise SystemExit(f"error: {folder} has a log but no last.pt to resume from: --overwrite replaces it")
         elif any(folder.glob("[!.]*")) and not (flags["resume"] or flags["overwrite"]):
             raise SystemExit(f"error: {folder} exists: --resume continues it, --overwrite replaces it, --name chooses "
                              "another")
-        for name in ("last.pt", "best.pt", "config.json", "log.jsonl"):
-            (folder / f"{name}.tmp").unlink(missing_ok=True)         # left by a save that was killed
     if WORLD_SIZE > 1:                                               # the first process's disk may be its own
-        dist.broadcast_object_list(shared, device=torch.device("cpu"))
-    checkpoint, data = shared[0], None
-    for turn in (RANK == 0, LOCAL_RANK == 0, True):                  # one process downloads, then one on each machine
-        if turn and not data:
+        dist.broadcast_object_list(from_first, device=torch.device("cpu"))
+    checkpoint, data = from_first[0], None
+    for my_turn in (RANK == 0, LOCAL_RANK == 0, True):               # one process downloads, then one on each machine
+        if my_turn and not data:
             data = load_data(config, flags["data_dir"], device, flags["workers"])
-        sum_over_processes(0)                                        # waits for the others
+        barrier()
     config["images"] = len(data["train"])
     changed = [f"{key} was {checkpoint['config'].get(key)}, is {value}" for key, value in config.items()
                if checkpoint and checkpoint["config"].get(key) != value]
@@ -1085,8 +1048,6 @@ def train_run(flags, config, folder, device):
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
     if checkpoint and RANK == 0:                                     # a save may have been killed before the record
         save_record(folder, checkpoint["config"], checkpoint["log"])
-    elif RANK == 0 and not recorded:                                 # --overwrite waits for its first epoch
-        save_record(folder, config, [])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
     print_main(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch (best: "
@@ -1116,7 +1077,7 @@ def initialise(model, path, config):
 
 # --------------------------------------------------------------------------------------------------------------- sweep
 
-@app.command(hidden=True, context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
+@app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def sweep(
     ctx: typer.Context,
     methods: str = flag("Methods as for --method, with commas between: default,mpvg,mpvg:layer0=true.",
@@ -1124,9 +1085,10 @@ def sweep(
     seeds: int = flag("Seeds 0 to N - 1 of each method.", default=3, min=1),
     jobs: int = flag("Runs side by side; each writes what it prints to RUNS/NAME.txt.", default=1, min=1),
 ):
-    """Train every method with every seed, or go on where a sweep was stopped; print a table, also in RUNS/sweep.md.
+    """Train every method with every seed.
 
-    Takes the flags of `python train.py` as well, except those that it sets itself.
+    Goes on where a sweep was stopped. Prints a table, also to RUNS/sweep.md. Takes the flags of `python train.py` as
+    well, except those that it sets itself.
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
@@ -1142,8 +1104,6 @@ def sweep(
     for seed, method in itertools.product(range(seeds), methods.split(",")):  # a stopped sweep has complete seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
-        if not method:
-            refuse("methods", f"{methods!r} has an empty name")
         config = configure(flags | dict(precision="fp32"))           # finds mistakes early, and asks no GPU for bf16
         del config["precision"]
         planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
@@ -1151,7 +1111,8 @@ def sweep(
 
     def train_one(folder):
         config, command = planned[folder]
-        if has_log(folder) and any(config.items() <= run.config.items() for run in finished_runs([folder])):
+        runs = finished_runs([folder]) if (folder / "log.jsonl").exists() else []
+        if any(config.items() <= run.config.items() for run in runs):
             return 0                                                 # with or without its weights
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
@@ -1182,14 +1143,14 @@ def sweep(
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
-PAPER = {  # top-1 %, one run each: Tables 1, 2, 5 and 6, Figures 1 and 5
-    ("vit-lite", "cifar100"): {"default": 74.90, "lape": 75.52, "pvg": 76.67, "mpvg": 76.87},
-    ("deit-tiny", "imagenet"): {
+PAPER = {  # setting without precision -> top-1 %, one run each: Tables 1, 2, 5 and 6, Figures 1 and 5
+    "vit-lite, cifar100, 310 epochs": {"default": 74.90, "lape": 75.52, "pvg": 76.67, "mpvg": 76.87},
+    "deit-tiny, imagenet, 300 epochs": {
         "default": 72.14, "lape": 72.94, "gap": 72.40, "lape-gap": 72.24, "gap-last-pe": 72.14, "pvg": 73.17,
         "mpvg": 73.51, "mpvg-last_pe=11": 73.30, "mpvg-last_pe=8": 73.38, "mpvg-last_pe=5": 73.39,
         "mpvg-hierarchical=False": 73.31, "mpvg-layer0=True": 73.48, "mpvg-add_input=False": 73.28},
-    ("deit-small", "imagenet"): {"default": 79.81, "lape": 80.39, "pvg": 80.38, "mpvg": 80.61},
-    ("deit-base", "imagenet"): {"default": 81.85, "lape": 82.15, "pvg": 82.21, "mpvg": 82.42},
+    "deit-small, imagenet, 300 epochs": {"default": 79.81, "lape": 80.39, "pvg": 80.38, "mpvg": 80.61},
+    "deit-base, imagenet, 300 epochs": {"default": 81.85, "lape": 82.15, "pvg": 82.21, "mpvg": 82.42},
 }
 CONFLICT = "(lape-gap - gap) - (lape - default)"                     # the paper's first finding, an interaction
 CLAIMS = "lape - default", "lape-gap - gap", "mpvg - pvg", "mpvg - default"
@@ -1233,10 +1194,8 @@ def setting(config):
     standard = dataclasses.asdict(dataset.recipe) | dict(image_size=dataset.image_size, fraction=1.0, init=None,
                                                          num_classes=dataset.num_classes or 1000, freeze=False)
     if config.get("init"):                                           # the same for all methods and seeds
-        trained = "-".join(Path(config["init"]).parts[-2:])
-        for own, name in ((method_label(config), "METHOD"), (f"seed{config['seed']}", "seedN")):
-            trained = trained.replace(own, name)
-        config = config | dict(init=trained)
+        trained = "-".join(Path(config["init"]).parts[-2:]).replace(method_label(config), "METHOD")
+        config = config | dict(init=trained.replace(f"seed{config['seed']}", "seedN"))
     differs = [f"{name} {config[name]}" for name, usual in standard.items()
                if name != "epochs" and config.get(name, usual) != usual]
     return ", ".join(["{model}, {data}, {epochs} epochs, {precision}".format(**config), *differs])
@@ -1247,10 +1206,9 @@ def by_setting(runs, order=tuple(METHODS)):
     settings = {}
     for run in sorted(runs, key=lambda run: ([*order, run.label].index(run.label), run.label, run.config["seed"])):
         seeds = settings.setdefault(setting(run.config), {}).setdefault(run.label, {})
-        if run.config["seed"] in seeds:
-            raise SystemExit(f"error: {run.folder} and {seeds[run.config['seed']].folder} have the same flags and "
-                             "seed: leave one out")
-        seeds[run.config["seed"]] = run
+        other = seeds.setdefault(run.config["seed"], run)
+        if other is not run:
+            raise SystemExit(f"error: {run.folder} and {other.folder} have the same flags and seed: leave one out")
     return settings
 
 
@@ -1304,18 +1262,15 @@ cosine of an image's mean token before and after it. Correlations of LN(x), aver
 with the PE that is added to it: block 0, 1, ..., last norm.
 """
 POSITION_NOTE = """\
-Test accuracy on some test images, then with the patches of each shuffled; share of tokens whose
-patch index a linear map predicts from the stream x that enters block 0, 1, ..., and from LN(x),
-block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % for 64.
+Test accuracy on some test images, and on the same images with their patches shuffled; share of
+tokens whose patch index a linear map predicts from the stream x that enters block 0, 1, ..., and
+from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % for 64.
 """
 
 
 def results_table(title, methods, base=None):
     """-> text: one row per method of a setting, {label: {seed: run}}; the paper's figures beside it."""
-    rows, first, config = [], base or next(iter(methods)), any_config(methods)
-    standard = config | dict(epochs=DATASETS[config["data"]].recipe.epochs)
-    is_the_papers = title == "{model}, {data}, {epochs} epochs, {precision}".format(**standard)
-    paper = PAPER.get((config["model"], config["data"]), {}) if is_the_papers else {}
+    rows, first, paper = [], base or next(iter(methods)), PAPER.get(title.rpartition(", ")[0], {})
     for name, seeds in methods.items():
         logs = [run.log for run in seeds.values()]
         pairs = [run.log[-1]["test_accuracy"] - methods[first][seed].log[-1]["test_accuracy"]
@@ -1337,15 +1292,13 @@ def contrast_values(name, tables):
 
 
 def contrasts(methods):
-    """-> the contrasts of a setting, {label: {seed: run}}, that have at least three seeds: one dict per contrast.
+    """-> the contrasts of a setting, {label: {seed: run}}, that have at least three seeds; see CONTRASTS_NOTE.
 
-    values: percentage points, one per seed; half: half the width of the 1 - alpha confidence interval; verdict: does it
-    agree with the paper's sign, if it excludes 0; paper: the paper's value, paper_model: the model that it is of. alpha
-    is 0.05, but CLAIMS share it by Holm's procedure: 0.05 / 4 for the smallest p-value, 0.05 / 3 for the next, ...;
-    once one is inconclusive, so are all with a larger p-value. There is no verdict under four seeds.
+    One dict each: name; values, percentage points, one per seed; alpha; half, half the width of the 1 - alpha interval;
+    verdict; paper and paper_model, the paper's value and the model that it is of.
     """
     config = any_config(methods)
-    if config["data"] == "numbers" or config["init"]:                # nothing in the paper compares with these
+    if config["data"] == "numbers" or config["init"]:                # the paper has no such runs
         return []
     tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in methods.items() if seed in runs}
               for seed in sorted(set().union(*methods.values()))]
@@ -1355,11 +1308,12 @@ def contrasts(methods):
     alpha = {name: 0.05 / (len(CLAIMS) - claims.index(name) if name in claims else 1) for name in values}
     half = {name: t_test(values[name], alpha[name])[0] for name in values}
     exclude_0 = {name for name in values if abs(mean(values[name])) > half[name]}
-    exclude_0 -= set(itertools.dropwhile(exclude_0.__contains__, claims))
-    own_model_first = sorted(PAPER.items(), key=lambda item: item[0][0] != config["model"])
+    exclude_0 -= set(itertools.dropwhile(exclude_0.__contains__, claims))  # after one that does not, none does
+    own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
     rows = []
     for name in values:
-        papers = [(value, model) for (model, _), table in own_model_first for value in contrast_values(name, [table])]
+        papers = [(value, title.partition(",")[0]) for title in own_model_first
+                  for value in contrast_values(name, [PAPER[title]])]
         paper, paper_model = papers[0] if papers else (None, "")
         verdict = "" if name in OTHERS or len(values[name]) < 4 else "inconclusive" if name not in exclude_0 else (
             "agrees" if mean(values[name]) * paper > 0 else "disagrees")
@@ -1384,19 +1338,18 @@ def contrast_table(found):
 
 def mechanism_tables(methods):
     """-> text: what report has measured in the models of a setting; every run has a mechanism."""
+    def by_layer(runs, key, style):
+        layers = zip(*(values[key] for values in runs))
+        return " ".join("  -  " if None in layer else f"{mean(layer):{style}}" for layer in layers)
+
     norms, positions = [], []
     for name, seeds in methods.items():
-        measured = [run.mechanism for run in seeds.values()]
-        norms.append([name, str(len(measured)), *(
-            mean_and_deviation([values[key] for values in measured], digits)
-            for key, digits in (("beta_variance", 5), ("offset_variance", 5), ("cosine", 3))),
-            " ".join("  -  " if None in layer else f"{mean(layer):+.2f}"
-                     for layer in zip(*(values["correlation"] for values in measured)))])
-        measured = [values["position"] for values in measured]
-        positions.append([
-            name, *(mean_and_deviation([values[key] for values in measured], 1) for key in ("ordered", "shuffled")),
-            *(" ".join(f"{mean(layer):3.0f}" for layer in zip(*(values[key] for values in measured)))
-              for key in ("stream", "normed"))])
+        runs = [run.mechanism | run.mechanism["position"] for run in seeds.values()]
+        beta, offset, cosine, ordered, shuffled = (
+            mean_and_deviation([values[key] for values in runs], digits) for key, digits in
+            (("beta_variance", 5), ("offset_variance", 5), ("cosine", 3), ("ordered", 1), ("shuffled", 1)))
+        norms.append([name, str(len(runs)), beta, offset, cosine, by_layer(runs, "correlation", "+.2f")])
+        positions.append([name, ordered, shuffled, by_layer(runs, "stream", "3.0f"), by_layer(runs, "normed", "3.0f")])
     head = ["method", "n", "beta variance", "offset variance", "cosine", "correlations"]
     text = as_table("Last norm and correlations", head, norms, MECHANISM_NOTE)
     head = ["method", "accuracy", "patches shuffled", "index read from x", "from LN(x)"]
@@ -1405,7 +1358,7 @@ def mechanism_tables(methods):
 
 # ----------------------------------------------------------------------------------------------------- eval and report
 
-@app.command("eval", hidden=True)
+@app.command("eval")
 def evaluate_command(
     run: Path = typer.Argument(help="A run's folder (its last epoch), or a checkpoint such as best.pt."),
     image_size: int | None = flag("Resize the images and the PE to that many pixels.", min=1, shown="the run's"),
@@ -1420,14 +1373,12 @@ def evaluate_command(
     config, size = checkpoint["config"], model.image_shape[1]
     net = fold(model) if fold_ else model
     if DATASETS[config["data"]].load and image_size:                 # files are cropped to any size
-        resize = partial(F.interpolate, size=(size, size), mode="bicubic", antialias=True)
-        net.forward = lambda images, forward=net.forward: forward(resize(images))
+        net.register_forward_pre_hook(lambda _, x: F.interpolate(*x, size=size, mode="bicubic", antialias=True))
     data = load_data(config | dict(image_size=size), data_dir, device, None, ["test"], crop_ratio)["test"]
     result = evaluate(net.to(device), data, config, device)
-    accuracy, loss = result["test_accuracy"], result["test_loss"]
     typer.echo(f"{method_label(config)}, {config['model']}{', folded' if fold_ else ''}, {config['data']} at {size}x"
-               f"{size}, seed {config['seed']}, epoch {len(checkpoint['log'])}: test accuracy {accuracy:.2f} %, "
-               f"loss {loss:.4f}, {len(data) - data.failures:,} images")
+               f"{size}, seed {config['seed']}, epoch {len(checkpoint['log'])}: test accuracy "
+               f"{result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}, {len(data) - data.failures:,} images")
 
 
 def watch_norms(model, images):
@@ -1481,7 +1432,7 @@ def shuffle_patches(images, size, generator):
 
 @torch.no_grad()
 def measure_position(model, batches):
-    """How well a linear map finds each token's position, and what the model's accuracy owes to it -> a dict, in %.
+    """How well a linear map reads a token's patch index, and accuracy with shuffled patches -> a dict, in %.
 
     batches: a list of normalised images (B, 3, H, W) and labels (B,).
 
@@ -1567,12 +1518,12 @@ def plot_lines(path, panels, methods):
     A method has the same colour in all figures; with other options it is dashed.
     """
     from matplotlib.figure import Figure
-    depth = MODELS[any_config(methods)["model"]].get("depth", 12)
     figure = Figure(figsize=(5 * len(panels) + 1, 3.8), layout="constrained")
     for ax, (x, y, *lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         names = []
         for label, seeds in methods.items():
-            color = f"C{list(METHODS).index(next(iter(seeds.values())).config['method'])}"
+            run = next(iter(seeds.values()))
+            color = f"C{list(METHODS).index(run.config['method'])}"
             for line, style in zip(lines, ("--" if "=" in label else "-", ":")):
                 values = torch.stack([values_along(x, line, run) for run in seeds.values()])
                 low, middle, high = values.amin(0).tolist(), values.mean(0).tolist(), values.amax(0).tolist()
@@ -1584,10 +1535,11 @@ def plot_lines(path, panels, methods):
         ax.set(xlabel=x, ylabel=y)
         ax.xaxis.get_major_locator().set_params(integer=True)
         if x == "block":
+            depth = len(run.mechanism["correlation"]) - 1
             ax.set_xticks(range(depth + 1), [*map(str, range(depth)), "last\nnorm"])
         if x == "patches":
             ax.set_xticks([0, 1], ["in order", "shuffled"])
-        if lines == ["correlation"]:                                 # Figure 4: layers 4 and 11 of 0 to 11
+        if "correlation" in lines:                                   # Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
         (low, high), place = ax.get_ylim(), math.inf
@@ -1618,23 +1570,19 @@ def plot_layers(path, title, tokens, pe):
     """Writes a heatmap of the averaged tokens and of the PE of each layer, (N, D) each (Figures 2 and 8)."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(1.6 * len(pe) + 0.8, 4.4), layout="constrained")
-    figure.suptitle(f"{title}: tokens (down) by dimensions (across)")
+    figure.suptitle(f"{title}: tokens (down) by dimensions (across); blank: no PE")
+    pe = [torch.zeros_like(tokens[0]) if e is None else e for e in pe]
     for name, values, row in zip(("LN(x)", "PE"), (tokens, pe), figure.subplots(2, len(pe))):
-        shown = [value for value in values if value is not None]
-        top = torch.cat([value.flatten() for value in shown]).abs().quantile(0.99).item() if shown else 1
+        top = max(value.abs().quantile(0.99).item() for value in values) or 1
         for number, (ax, value) in enumerate(zip(row, values)):
             ax.set(xticks=[], yticks=[])
             ax.set_title(f"{name}, {f'block {number}' if number < len(pe) - 1 else 'last norm'}", size=9)
-            if value is None:
-                ax.text(0.5, 0.5, "none", ha="center", va="center")
-            else:
-                image = ax.imshow(value.numpy(), "RdBu_r", aspect="auto", interpolation="nearest", vmin=-top, vmax=top)
-        if shown:
-            figure.colorbar(image, ax=row)
+            image = ax.imshow(value.numpy(), "RdBu_r", aspect="auto", interpolation="nearest", vmin=-top, vmax=top)
+        figure.colorbar(image, ax=row)
     figure.savefig(path, dpi=100)
 
 
-@app.command(hidden=True)
+@app.command()
 def report(
     folders: list[Path] = typer.Argument(help="Folders of runs.", metavar="RUNS..."),
     out: Path = flag("Folder for the figures.", default=Path("runs/report")),
@@ -1643,9 +1591,10 @@ def report(
     data_dir: Path = DATA_DIR,
     device: str = DEVICE,
 ):
-    """Print tables of finished runs and draw what the paper draws: correlation by layer, heatmaps, the last norm.
+    """Print tables of finished runs and draw figures.
 
-    Measures runs that have weights and writes mechanism.json; others use the one they have. Figures need matplotlib.
+    Draws what the paper draws: correlation by layer, heatmaps, the last norm. Measures runs that have weights and
+    writes mechanism.json; others use the one they have. Figures need matplotlib.
     """
     device, runs = choose_device(device), finished_runs(folder for folder in folders if folder != out)
     if not runs:
