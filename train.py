@@ -1542,9 +1542,9 @@ def plot_lines(path, panels, methods):
         if "correlation" in lines:                                   # Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
-        (low, high), place = ax.get_ylim(), math.inf
-        for end, label, color in sorted(names, reverse=True):        # beside the ends, apart from each other
-            place = min(end, place - (high - low) / 18)
+        (low, high), place = ax.get_ylim(), -math.inf
+        for end, label, color in sorted(names):                      # beside the ends, apart from each other
+            place = max(end, place + (high - low) / 18)
             ax.text(1.02, place, label, color=color, va="center", size=9, transform=ax.get_yaxis_transform())
     figure.savefig(path)
 
@@ -1560,9 +1560,8 @@ def plot_contrasts(path, rows):
         ax.text(1.02, y, row["verdict"], transform=ax.get_yaxis_transform(), va="center")
     ax.axvline(0, color="grey", lw=1)
     ax.grid(axis="x", alpha=0.3)
-    ax.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows],
+    ax.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], ylim=(len(rows) - 0.5, -0.5),
            xlabel="difference of test accuracy, percentage points (diamond: the paper)")
-    ax.invert_yaxis()
     figure.savefig(path)
 
 
