@@ -344,7 +344,7 @@ def load_data(config, root, device, workers=None, splits=("train", "test"), crop
 
 def to_device(tensor, device):
     """A copy that does not make the host wait for a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def sample(x, grid, bicubic):
