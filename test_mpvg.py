@@ -1567,7 +1567,7 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(launch):
     (["--name", ".."], "is not a single folder name"),
     (["--name", "ä" * 101], "is not a single folder name"),
     (["--compile", "graphs"], "--compile: graphs needs CUDA and one process"),
-    (["--freeze"], "--freeze: it trains only the head: name the other weights with --init"),
+    (["--freeze"], "--freeze: it trains only the head, so it needs other weights: --init"),
     (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
     (["--init", __file__], "cannot be loaded safely"),
     (["--runs", __file__], "error: [Errno "),

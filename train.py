@@ -8,7 +8,7 @@
     python train.py report runs/*/
 
 From top to bottom: recipes, data, augmentation, batches, training, checkpoints, command line, sweep, tables, eval and
-report. The data set `numbers` is built in: nothing to download, and a CPU learns it in two minutes.
+report. The data set `numbers` is built in: nothing to download, and it trains in two minutes on a CPU.
 """
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal, NamedTuple
 
-# OpenMP's threads spin while they wait for each other, which slows them down beside other work: make them spin less.
+# OpenMP's threads busy-wait for each other, which is slow where other work shares the cores: shorten the wait.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
 
 import torch
@@ -74,7 +74,7 @@ class Recipe:
     cooldown_epochs: int = 0         # the last epochs, at min_lr
     lr_per: str = "epoch"            # how often the learning rate changes: epoch or step
     label_smoothing: float = 0.0
-    repeats: int = 1                 # repeated augmentation: crops per image; an epoch has 1/repeats of the images
+    repeats: int = 1                 # repeated augmentation: crops per image; an epoch shows 1/repeats of the images
     crop_scale: float = 1.0          # random resized crop: least area, as a share of the image; 1: no crop
     bicubic: float = 0.5             # probability of bicubic interpolation; bilinear otherwise
     flip: float = 0.0                # probability of a horizontal flip
@@ -128,7 +128,7 @@ def parse_assignments(text, separator, names):
 def numbers(count, seed):
     """-> uint8 images (count, 3, 32, 32) of the two-digit numbers 00 to 99 and labels (count,), the same for a seed.
 
-    Rotated by up to 9 degrees, scaled by 0.8 to 1.1, shifted by up to 3.5 pixels, dark on light or the reverse, noisy.
+    Rotated by up to 9 degrees, scaled by 0.8 to 1.1, shifted by up to 4 pixels, dark on light or the reverse, noisy.
     Telling 12 from 21 takes position, and so does assembling a digit that is spread over patches.
     """
     font = ImageFont.load_default(size=26)
@@ -171,7 +171,7 @@ class DataSpec:
     load: Callable | None            # (folder, train) -> uint8 images (N, 3, S, S), labels (N,); None: image files
     recipe: Recipe
     model: str                       # default preset, of mpvg.MODELS
-    image_size: int                  # default for image files
+    image_size: int                  # of arrays; for image files the default
     num_classes: int | None          # None: counted
     mean: tuple                      # of each channel, of values from 0 to 1
     std: tuple
@@ -252,7 +252,7 @@ class FolderData(Dataset):
     def __getitem__(self, index_and_seed):
         """-> uint8 image (3, size, size), label, failures.
 
-        The next file replaces one that cannot be decoded. In testing it becomes a black image with the label -1, which
+        A file that cannot be decoded is replaced by the next one; in testing, by a black image with the label -1, which
         evaluate() ignores.
         """
         index, seed = index_and_seed
@@ -344,7 +344,9 @@ def load_data(config, root, device, workers=None, splits=("train", "test"), crop
 
 def to_device(tensor, device):
     """A copy that does not make the host wait for a GPU."""
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def sample(x, grid, bicubic):
@@ -411,14 +413,14 @@ OPERATIONS = {
 }
 
 
-def draw_boxes(count, height, width, area, ratio, whole):
+def draw_boxes(count, height, width, area, max_ratio, whole):
     """-> (count, 4) top, left, height, width: the first of ten random boxes that fits, or zeros.
 
-    area: least and greatest share of the image, uniform; ratio: the greatest of the sides, log-uniform both ways;
+    area: least and greatest share of the image, uniform; max_ratio: of the sides, log-uniform, either may be longer;
     whole: may a side be as long as the image's.
     """
     u = torch.rand(4, 10, count)
-    size, ratio = height * width * (area[0] + (area[1] - area[0]) * u[0]), ratio ** (2 * u[1] - 1)
+    size, ratio = height * width * (area[0] + (area[1] - area[0]) * u[0]), max_ratio ** (2 * u[1] - 1)
     h, w = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
     fits = (h < height + whole) & (w < width + whole)
     boxes = torch.stack([((height - h + 1) * u[2]).floor(), ((width - w + 1) * u[3]).floor(), h, w], dim=-1)
@@ -492,7 +494,7 @@ def erase_boxes(x, box, seed):
 
 
 def mix(x, keep):
-    """Mixup, or CutMix, of each image with its neighbour i xor 1: x (S, B, ...), keep (S, 1, ...), own share."""
+    """Mixup, or CutMix: keep * x + (1 - keep) * neighbour, i xor 1. x: (S, B, ...), keep: (S, 1, ...)."""
     return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep)
 
 
@@ -537,8 +539,8 @@ def batches(data, recipe, config, epoch, rank=0, world_size=1):
     """Yields each step's images (B, 3, H, W) and targets, this process's B = batch_size / world_size of the batch.
 
     The order is drawn from (seed, epoch). Augmentation and mixing are drawn for whole batches from the seed of their
-    chunk's first step, and each process takes its columns. So they do not depend on the number of processes, and a
-    resumed run repeats them. Only the noise of random erasing is drawn by each process for itself.
+    chunk's first step, and each process takes its columns. None of this depends on the number of processes, and a
+    resumed run repeats it. Only the noise of random erasing is drawn by each process for itself.
     """
     size, shape, classes = recipe.batch_size, (config["image_size"],) * 2, config["num_classes"]
     order, seeds = epoch_order(recipe, len(data), config["seed"], epoch)
@@ -583,7 +585,7 @@ def parameter_groups(model, weight_decay, decay_pe):
 def make_train_step(net, optimizer, label_smoothing=0.0, precision="fp32", accumulate=1):
     """-> train_step(images, targets) -> loss: forward, backward and a step of AdamW, in `accumulate` parts.
 
-    net: the model, as it is, compiled or in DistributedDataParallel. targets: labels (B,) or shares (B, classes).
+    net: the model: plain, compiled or wrapped in DistributedDataParallel. targets: labels (B,) or shares (B, classes).
     """
     def train_step(images, targets):
         losses = []
@@ -600,7 +602,7 @@ def make_train_step(net, optimizer, label_smoothing=0.0, precision="fp32", accum
     return train_step
 
 
-def warm_up(train_step, optimizer, example):
+def compile_now(train_step, optimizer, example):
     """Compiles with three steps at lr 0, on a side stream as graph capture requires, and clears the optimizer."""
     stream = torch.cuda.Stream() if example[0].is_cuda else None
     if stream:
@@ -685,7 +687,7 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
         example = images.to(device), targets.to(device)
         measure_accuracy()
         model.train()
-        warm_up(train_step, optimizer, example)
+        compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s")
     log = []
     if checkpoint:
@@ -814,7 +816,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 def flag(text, *names, default=None, shown=True, **limits):
-    """An option. shown: what --help says of a default of None."""
+    """An option. shown: what --help shows where the default is None."""
     return typer.Option(default, *names, help=text, show_default=shown, **limits)
 
 
@@ -885,14 +887,14 @@ def configure(flags):
     if flags["compile"] == "graphs" and (not cuda or WORLD_SIZE > 1):
         refuse("compile", "graphs needs CUDA and one process: use on, or off")
     if flags["freeze"] and not flags["init"]:
-        refuse("freeze", "it trains only the head: name the other weights with --init")
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        refuse("freeze", "it trains only the head, so it needs other weights: --init")
     config = dict(
         data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
         **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
         num_classes=dataset.num_classes or len(class_names(flags["data_dir"])), fraction=flags["fraction"],
         init=str(flags["init"]) if flags["init"] else None, freeze=flags["freeze"],
-        precision=flags["precision"] or ("bf16" if bf16 else "fp32"),
+        precision=flags["precision"] or (
+            "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"),
         compile=flags["compile"] or ("on" if cuda else "off"))
     try:
         with torch.device("meta"):                                   # shapes without memory
@@ -912,7 +914,8 @@ def build_model(config, **sizes):
 
 def method_label(config):
     """-> the method's name with the options that differ from it: mpvg-layer0=True."""
-    return "-".join([config["method"], *(f"{name}={value}" for name, value in config["overrides"].items())])
+    overrides = {name: f"{value:g}" if type(value) is float else value for name, value in config["overrides"].items()}
+    return "-".join([config["method"], *(f"{name}={value}" for name, value in overrides.items())])
 
 
 def run_folder(flags, config):
@@ -954,7 +957,8 @@ def train_command(
     image_size: int | None = flag("Side in pixels that imagenet's files are cropped to.", min=1, shown="224"),
     workers: int | None = flag("Processes that decode files, for each training process.", min=0,
                                shown="cores; 0 on a CPU"),
-    epochs: int | None = flag("Passes over the training images.", shown="the recipe's"),
+    epochs: int | None = flag("Passes over the training images. A short run warms up for a tenth of them.",
+                              shown="the recipe's"),
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
     recipe: str | None = flag("Other numbers of the recipe: mixup=0,erase=0.1. An unknown name lists them all."),
@@ -968,7 +972,7 @@ def train_command(
     accumulate: int = flag("Gradient accumulation: split each batch into this many parts.", default=1, min=1),
     name: str | None = flag("Name of the run's folder.", shown="METHOD-MODEL-DATA-seedN"),
     runs: Path = flag("Where run folders go.", default=Path("runs")),
-    resume: bool = flag("Continue after the last finished epoch; start if there is none.", "--resume", default=False),
+    resume: bool = flag("Continue after the last finished epoch, or start from scratch.", "--resume", default=False),
     overwrite: bool = flag("Replace an existing run of that name.", "--overwrite", default=False),
 ):
     """Train a Vision Transformer with a position embedding of the MPVG paper, and test it after every epoch.
@@ -1096,18 +1100,19 @@ def sweep(
     def parse(arguments):
         return typer.main.get_command(trainer).make_context("train.py", [*arguments])  # which consumes its list
 
-    shared = parse(ctx.args)
+    common = parse(ctx.args)
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
-        if shared.get_parameter_source(key).name != "DEFAULT":
+        if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> configuration, command line
     for seed, method in itertools.product(range(seeds), methods.split(",")):  # a stopped sweep has complete seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
-        config = configure(flags | dict(precision="fp32"))           # finds mistakes early, and asks no GPU for bf16
-        del config["precision"]
+        config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
+        if not flags["precision"]:                                   # each run asks its GPU; a sweep must hold none
+            del config["precision"]
         planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
-    shared.params["runs"].mkdir(parents=True, exist_ok=True)
+    common.params["runs"].mkdir(parents=True, exist_ok=True)
 
     def train_one(folder):
         config, command = planned[folder]
@@ -1135,7 +1140,7 @@ def sweep(
     if runs:
         settings = by_setting(runs, [run.label for run in runs])
         table = "".join(results_table(title, methods) for title, methods in settings.items())
-        save(shared.params["runs"] / "sweep.md", table.encode())
+        save(common.params["runs"] / "sweep.md", table.encode())
         typer.echo(f"\n{table}", nl=False)
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
@@ -1177,7 +1182,7 @@ def finished_runs(folders):
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             measured = folder / "mechanism.json"
             mechanism = json.loads(measured.read_text()) if measured.exists() else {}
-            setting(config)                                          # knows what a configuration holds
+            setting(config)                                          # raises if a value is missing
             with torch.device("meta"):
                 parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
             if log[-1]["epoch"] != config["epochs"]:
@@ -1251,7 +1256,7 @@ by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
 Differences are paired by seed; +- is half of the confidence interval of that level. A verdict is on
-the sign, from four seeds on; read it once, at the planned number of seeds. The first row is tested
+the sign, from four seeds on; read it once, when all planned seeds are done. The first row is tested
 at 5 % by itself. The next four, the paper's simple differences, share 5 % by Holm's procedure: once
 one is inconclusive, so are all with a larger p-value. Last column: is the paper's value, of one run
 per method, inside our interval?
@@ -1298,25 +1303,30 @@ def contrasts(methods):
     verdict; paper and paper_model, the paper's value and the model that it is of.
     """
     config = any_config(methods)
-    if config["data"] == "numbers" or config["init"]:                # the paper has no such runs
+    if config["data"] not in ("cifar100", "imagenet") or config["init"]:  # the paper has no such runs
         return []
     tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in methods.items() if seed in runs}
               for seed in sorted(set().union(*methods.values()))]
     values = {name: contrast_values(name, tables) for name in (CONFLICT, *CLAIMS, *OTHERS)}
     values = {name: points for name, points in values.items() if len(points) > 2}
     claims = sorted((name for name in CLAIMS if name in values), key=lambda name: t_test(values[name])[1])
-    alpha = {name: 0.05 / (len(CLAIMS) - claims.index(name) if name in claims else 1) for name in values}
+    alpha = dict.fromkeys(values, 0.05) | {name: 0.05 / (len(CLAIMS) - rank) for rank, name in enumerate(claims)}
     half = {name: t_test(values[name], alpha[name])[0] for name in values}
-    exclude_0 = {name for name in values if abs(mean(values[name])) > half[name]}
-    exclude_0 -= set(itertools.dropwhile(exclude_0.__contains__, claims))  # after one that does not, none does
+    conclusive = {name for name in values if abs(mean(values[name])) > half[name]}
+    for name, next_name in itertools.pairwise(claims):               # Holm: a larger p-value cannot do better
+        if name not in conclusive:
+            conclusive.discard(next_name)
     own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
     rows = []
     for name in values:
         papers = [(value, title.partition(",")[0]) for title in own_model_first
                   for value in contrast_values(name, [PAPER[title]])]
         paper, paper_model = papers[0] if papers else (None, "")
-        verdict = "" if name in OTHERS or len(values[name]) < 4 else "inconclusive" if name not in exclude_0 else (
-            "agrees" if mean(values[name]) * paper > 0 else "disagrees")
+        verdict = ""
+        if name not in OTHERS and len(values[name]) >= 4:
+            verdict = "inconclusive"
+            if name in conclusive:
+                verdict = "agrees" if mean(values[name]) * paper > 0 else "disagrees"
         rows.append(dict(name=name, values=values[name], alpha=alpha[name], half=half[name], verdict=verdict,
                          paper=paper, paper_model=paper_model))
     return rows
@@ -1432,7 +1442,7 @@ def shuffle_patches(images, size, generator):
 
 @torch.no_grad()
 def measure_position(model, batches):
-    """How well a linear map reads a token's patch index, and accuracy with shuffled patches -> a dict, in %.
+    """Measures how well a linear map reads a token's patch index, and accuracy with shuffled patches -> a dict, in %.
 
     batches: a list of normalised images (B, 3, H, W) and labels (B,).
 
@@ -1459,19 +1469,19 @@ def measure_position(model, batches):
     covariance = moments / (count * patches) - center.mT @ center
     variance = covariance.diagonal(dim1=1, dim2=2)                   # a view
     variance += 1e-3 * variance.mean(1, keepdim=True)                # the ridge
-    weights = torch.linalg.solve(covariance, (means - center).mT)    # (places, D, N), times N: of the regression
+    weights = torch.linalg.solve(covariance, (means - center).mT)    # (places, D, N), N times those of the regression
 
-    found, correct, generator = [], [], torch.Generator().manual_seed(0)
+    index_read, correct, generator = [], [], torch.Generator().manual_seed(0)
     for images, labels in batches:
         x, logits = features(images)
         scores = (x[:, 1::2] - center[:, None]) @ weights[:, None]   # (places, B, N, N)
-        found.append((scores.argmax(3) == torch.arange(patches)).double().mean(2))
+        index_read.append((scores.argmax(3) == torch.arange(patches)).double().mean(2))
         shuffled_logits = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
         correct.append(torch.stack([logits.argmax(1) == labels, shuffled_logits.argmax(1) == labels]))
-    found = (100 * torch.cat(found, 1).mean(1)).tolist()
+    index_read = (100 * torch.cat(index_read, 1).mean(1)).tolist()
     ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
-    attention = iter(found[2 * depth + 1:])
-    return dict(stream=found[:depth], normed=found[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
+    attention = iter(index_read[2 * depth + 1:])
+    return dict(stream=index_read[:depth], normed=index_read[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
                 attention=[None if e is None else next(attention) for e in delivered], chance=100 / patches)
 
 
