@@ -1198,7 +1198,7 @@ def configure(*flags):
     (["--method", "mpvg:last_pe=none"], "mpvg", {"last_pe": None}),
     (["--method", "mpvg:layer0=true:hierarchical=false"], "mpvg", {"layer0": True, "hierarchical": False}),
     (["--method", "mpvg:pe_init=sincos"], "mpvg", {"pe_init": "sincos"}),
-    (["--method", "gap:pe_std=1"], "gap", {"pe_std": 1}),
+    (["--method", "gap:pe_std=1.0"], "gap", {"pe_std": 1}),
 ], ids=str)
 def test_flags_name_a_model(flags, method, overrides):
     config = configure("--device", "cpu", *flags)
