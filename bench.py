@@ -4,8 +4,8 @@
     python bench.py --quick                  # a first look at a small model, about a minute on two CPU cores
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
-The contestants of a table take turns, A B C A B C ..., and a ratio is the median of the rounds' ratios: a machine that
-slows down slows all of them. From top to bottom: models, contestants, tables, command line.
+The contestants of a table take turns, A B C A B C ..., and a ratio is the median of the rounds' ratios. A slowdown of
+the machine then affects all of them alike. From top to bottom: models, contestants, tables, command line.
 """
 import ctypes
 import itertools
@@ -21,7 +21,7 @@ from statistics import median, quantiles
 from types import SimpleNamespace
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # OpenMP's threads spin while they wait, which starves other work
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silence the profiler
 
 import torch
@@ -67,6 +67,7 @@ def build_peer(package, gap, image_size, patch_size, num_classes, dim, depth, he
         from vit_pytorch import ViT
         return ViT(image_size=image_size, patch_size=patch_size, num_classes=num_classes, dim=dim, depth=depth,
                    heads=heads, dim_head=dim // heads, mlp_dim=mlp_dim, pool="mean" if gap else "cls")
+    assert package == "transformers", f"build_peer() has no branch for {package}"
     from transformers import ViTConfig, ViTForImageClassification
     return ViTForImageClassification(ViTConfig(
         image_size=image_size, patch_size=patch_size, num_labels=num_classes, hidden_size=dim, qkv_bias=qkv_bias,
@@ -76,8 +77,8 @@ def build_peer(package, gap, image_size, patch_size, num_classes, dim, depth, he
 def count_work(sizes, pool, training, batch, itemsize):
     """-> operations and bytes of a step of the plain method; a multiplication and an addition are two operations.
 
-    Bytes, if all else is fused into the matrix products: each weight and pixel once; per token and block 11 D values
-    for attention and (3 + 2 h) D for the MLP, where h is its ratio. Training moves three times that, AdamW 7 a weight.
+    Bytes, with all else fused into the matrix products: each weight and pixel once; per token and block 11 D values for
+    attention and (3 + 2 h) D for the MLP of ratio h. Training moves three times as much, and AdamW 7 values per weight.
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = ViT(**{**sizes, **METHODS[PLAIN[pool]]})
@@ -99,7 +100,7 @@ class Contestant:
 
     def time(self, device):
         synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda device: None
-        synchronize(device)                                          # do not time what others have started
+        synchronize(device)                                          # earlier work on the device is not timed
         before, start = compiler_events(), time.perf_counter()
         for _ in range(self.repeat):
             self.call()
@@ -109,7 +110,7 @@ class Contestant:
         return seconds
 
     def warm_up(self, device):
-        self.repeat = 1 + int(0.05 / min(self.time(device), self.time(device)))  # long enough for the clock
+        self.repeat = 1 + int(0.05 / min(self.time(device), self.time(device)))  # 50 ms or more per timing
         return median(self.time(device) for _ in range(5))
 
 
@@ -160,17 +161,17 @@ def compiler_events():
 
 
 def look_inside(call, held, device):
-    """-> (peak bytes of a call, on top of the bytes `held`; name of torch's attention kernel), None where unknown."""
+    """-> (held + peak bytes that a call allocates, name of torch's attention kernel), None where unknown."""
     cuda, prefix = device.type == "cuda", "aten::_scaled_dot_product_"
     if cuda:
-        held -= torch.cuda.memory_allocated(device)
+        held -= torch.cuda.memory_allocated(device)                  # which CUDA's peak includes
         torch.cuda.reset_peak_memory_stats(device)
     with torch.autograd.profiler.profile(profile_memory=True) as trace:
         call()
     changes = [e.nbytes() for e in trace.kineto_results.events() if e.name() == "[memory]"]
     peak = torch.cuda.max_memory_allocated(device) if cuda else max(itertools.accumulate(changes), default=0)
     kernels = [e.key.removeprefix(prefix) for e in trace.key_averages() if e.key.startswith(prefix)]
-    return held + peak if cuda or device.type == "cpu" else None, min(kernels, default=None)
+    return held + peak if cuda or device.type == "cpu" else None, min(kernels, default=None)  # min: not the backward's
 
 
 def run_table(table, names, s):
@@ -183,8 +184,8 @@ def run_table(table, names, s):
     for name in tqdm(names, f"{table}: warming up", leave=False, disable=None):
         try:
             contestants.append(make_contestant(name, table, batches, s))
-        except Exception as error:                                   # other libraries and compilers fail in any way
-            problem = f"{name} failed: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
+        except Exception as error:                                   # other libraries and compilers raise anything
+            problem = f"{name} failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             if not is_peer(name):
                 raise SystemExit(f"error: {table}: {problem}") from error
             notes.append(f"{problem} (left out)")
@@ -193,7 +194,7 @@ def run_table(table, names, s):
     for _ in tqdm(range(s.rounds), f"{table}: timing", leave=False, disable=None):
         for limit in limits:
             limit.seconds.append(limit.time(s.device))
-        contestants[-1].time(s.device)                               # not recorded: even the first follows a rival
+        contestants[-1].time(s.device)                               # unrecorded: the first follows another, too
         for one in contestants:
             one.seconds.append(one.time(s.device))
     for one in contestants:
@@ -229,9 +230,10 @@ def summarise(contestants, limits, notes, training, s):
             images_per_second=s.batch / step, flops_per_image=flops // s.batch, bytes_per_step=moved, **one.facts,
             milliseconds=[1000 * t for t in (step, min(one.seconds), max(one.seconds))], seconds=one.seconds))
     quartiles = [quantiles(one.seconds, n=4, method="inclusive") for one in (matmul, *contestants)]
-    drift, *spread = (third / first - 1 for first, _, third in quartiles)
-    if max(drift, median(spread)) > 0.1:
-        notes.append(f"Is the machine busy? Timings vary by {median(spread):.0%}, the matrix product by {drift:.0%}.")
+    matmul_spread, *spread = (third / first - 1 for first, _, third in quartiles)
+    if max(matmul_spread, median(spread)) > 0.1:
+        notes.append(f"Is the machine busy? Timings vary by {median(spread):.0%}, the matrix product by "
+                     f"{matmul_spread:.0%}.")
     return dict(matmul_flops=matmul.work / median(matmul.seconds), matmul_seconds=matmul.seconds,
                 copy_bytes=copy.work / median(copy.seconds), copy_seconds=copy.seconds,
                 attention=rows[0]["attention"], rows=rows, notes=notes)
@@ -256,7 +258,7 @@ def as_text(table, result):
 def verdict(tables):
     parts = ["{:.2f} ({:.2f} to {:.2f}) in {}".format(*row["speed_to_plain"], table)
              for table, result in tables.items() for row in result["rows"] if row["name"] == "mpvg" and row["plain"]]
-    return f"mpvg runs at this share of gap's speed (slowest to fastest round): {', '.join(parts) or 'not measured'}."
+    return f"mpvg's speed relative to gap's, median (slowest to fastest round): {', '.join(parts) or 'not measured'}."
 
 
 def words(option, text, known):
@@ -281,7 +283,7 @@ def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
     methods: str = flag("Methods; METHOD-folded is after fold().", default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PEERS)}.", default="all"),
-    tables: str = flag(f"all, or of {', '.join(TABLES)}.", default="all"),
+    tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),
     quick: bool = flag(f"Other defaults: {', '.join(f'--{k} {v}' for k, v in QUICK.items())}.", "--quick",
                        default=False, is_eager=True, callback=use_quick_defaults),
     batch: int | None = flag("Images per step.", shown="128 for 32x32; else 16 on a CPU, 256", min=1, max=65536),
@@ -297,7 +299,7 @@ def bench(
     \b
     x plain      speed relative to default (class token) or gap (GAP): median of the rounds (min-max)
     x best peer  speed relative to the fastest other library's model with the same pooling
-    peak, roof   share of a large matrix product's speed; of the roofline, which counts moved bytes too
+    peak, roof   share of a large matrix product's speed; of the roofline, which also counts moved bytes
     images/s     the plain method's median times x plain, so that the two columns agree; ms as well
     MiB, comp    peak memory; seconds of compilation, short if torch finds the graph in its disk cache
     """
@@ -311,7 +313,7 @@ def bench(
     elif mode in ("reduce-overhead", "max-autotune"):
         raise typer.BadParameter(f"{mode} uses CUDA graphs, which {device} does not have", param_hint="--mode")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":   # page faults slow contestants down at random
-        for option, value in ((-1, -1), (-4, 0)):                    # never return freed memory; map no block alone
+        for option, value in ((-1, -1), (-4, 0)):                    # keep freed memory; never mmap a block
             ctypes.CDLL(None).mallopt(option, value)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -340,7 +342,7 @@ def main():
     try:
         app()
     except (OSError, RuntimeError) as error:                         # on a CPU, lack of memory is a RuntimeError
-        raise SystemExit(f"error: {str(error).strip().splitlines()[0]}"
+        raise SystemExit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
                          f"{': lower --batch' if 'memory' in str(error) else ''}") from error
 
 

@@ -2032,7 +2032,7 @@ def test_without_a_rival_there_is_no_ratio():
 def test_the_verdict_is_mpvg_beside_gap():
     tables = {"inference-eager": summary(default=[1.0] * 3, gap=[0.99, 1.0, 1.02], mpvg=[1.0, 1.0, 1.0]),
               "training-eager": summary(gap=[0.9, 0.9, 0.9], mpvg=[1.0, 1.0, 1.0])}
-    assert bench.verdict(tables) == ("mpvg runs at this share of gap's speed (slowest to fastest round): "
+    assert bench.verdict(tables) == ("mpvg's speed relative to gap's, median (slowest to fastest round): "
                                      "1.00 (0.99 to 1.02) in inference-eager, 0.90 (0.90 to 0.90) in training-eager.")
     alone = {"inference-eager": summary(default=[1.0] * 3, mpvg=[0.9] * 3)}     # a class token is another model
     assert "not measured" in bench.verdict(alone)
@@ -2215,7 +2215,7 @@ def test_from_end_to_end_and_json_holds_what_is_printed(small_model, quick_compi
     header, *tables, verdict = done.out.rstrip("\n").split("\n\n")
     assert header.replace("\n", " ") == ", ".join(f"{key} {value}" for key, value in saved["header"].items())
     assert tables == [bench.as_text(*item) for item in saved["tables"].items()]
-    assert verdict.replace("\n", " ") == saved["verdict"] and saved["verdict"].startswith("mpvg runs at ")
+    assert verdict.replace("\n", " ") == saved["verdict"] and saved["verdict"].startswith("mpvg's speed relative to ")
     assert max(map(len, done.out.splitlines())) <= 100 and "USDT" not in done.err   # the profiler is quiet
     assert list(saved["tables"]) == ["training-eager", "inference-compiled"]
     for name, table in saved["tables"].items():
