@@ -1368,7 +1368,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
         process.join()
         ends.append(process.exitcode)
         assert len(ends) < 60
-    assert len(ends) > 2 and {*ends} <= {0, -9, 130, 1}, ends
+    assert -9 in ends and {*ends} <= {0, -9, 130, 1}, ends
     equal_runs(tmp_path / "whole", tmp_path / "killed")
     assert not [*(tmp_path / "killed").glob("*.tmp")]
 
