@@ -2364,8 +2364,10 @@ def test_the_tables_of_runs_are_what_report_prints(tmp_path):
         folders = sorted(path.parent for path in (ROOT / "results" / name).glob("*/config.json"))
         return report(tmp_path, *folders, draw=name == "cifar100").out
 
-    text = "\n".join(printed("cifar100").splitlines()[:-1])                     # the last line is about figures
-    assert text.strip() in (ROOT / "results/cifar100.md").read_text()
-    for document, title, source in ((README, "## Evidence", text), (GUIDE, "## Exercises", printed("numbers"))):
+    text, document = printed("cifar100"), (ROOT / "results/cifar100.md").read_text()
+    assert "\n".join(text.splitlines()[:-1]).strip() in document                # the last line is about figures
+    for document, title, source in (
+            (README, "## Evidence", text), (GUIDE, "## Exercises", printed("numbers")),
+            (document, "### Transfer", printed("cifar100-transfer"))):
         shown = rows_of(document.partition(title)[2].partition("\n## ")[0])
         assert shown and all(row in rows_of(source) for row in shown)
