@@ -4,20 +4,22 @@
     python bench.py --quick                  # a first look at a small model, about a minute on two CPU cores
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
-The contestants of a table take turns, A B C A B C ..., and a ratio is the median of the rounds' ratios. A slowdown of
-the machine then affects all of them alike. From top to bottom: models, contestants, tables, command line.
+In each round all contestants of a table take a turn, in random order, and a ratio is the median of the rounds' ratios.
+A slowdown of the machine then affects all of them alike. From top to bottom: models, contestants, tables, command line.
 """
 import ctypes
 import itertools
 import json
+import math
 import os
 import platform
+import random
 import textwrap
 import time
 from collections import Counter
 from importlib import metadata, util
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from types import SimpleNamespace
 from typing import Literal
 
@@ -191,11 +193,13 @@ def run_table(table, names, s):
             notes.append(f"{problem} (left out)")
     for limit in limits:
         limit.warm_up(s.device)
+    shuffle = random.Random(0)
     for _ in tqdm(range(s.rounds), f"{table}: timing", leave=False, disable=None):
         for limit in limits:
             limit.seconds.append(limit.time(s.device))
-        contestants[-1].time(s.device)                               # unrecorded: the first follows another, too
-        for one in contestants:
+        order = shuffle.sample(contestants, len(contestants))
+        order[-1].time(s.device)                                     # unrecorded: the first follows another, too
+        for one in order:
             one.seconds.append(one.time(s.device))
     for one in contestants:
         if one.events != Counter({"compiled graphs": table.endswith("compiled")}):  # broken, or compiled again
@@ -207,9 +211,16 @@ def run_table(table, names, s):
 
 
 def speed(one, other):
-    """-> speed of one as a share of the other's: median, minimum and maximum over the rounds; None without another."""
-    ratios = [b / a for a, b in zip(one.seconds, other.seconds)] if other else None
-    return ratios and [median(ratios), min(ratios), max(ratios)]
+    """-> speed of one as a share of the other's: median of the rounds and its 95 % interval; None without another.
+
+    The interval is between two of the sorted ratios. With fewer than 6 it holds all of them and has less confidence.
+    """
+    if other is None:
+        return None
+    ratios, n = sorted(b / a for a, b in zip(one.seconds, other.seconds)), len(one.seconds)
+    tails = itertools.accumulate(math.comb(n, i) / 2 ** n for i in range(n))         # as for n tosses of a coin
+    first = max(0, sum(tail <= 0.025 for tail in tails) - 1)
+    return [median(ratios), ratios[first], ratios[-1 - first]]
 
 
 def summarise(contestants, limits, notes, training, s):
@@ -229,11 +240,6 @@ def summarise(contestants, limits, notes, training, s):
             share_of_roofline=median(limit / t for limit, t in zip(roof, one.seconds)),
             images_per_second=s.batch / step, flops_per_image=flops // s.batch, bytes_per_step=moved, **one.facts,
             milliseconds=[1000 * t for t in (step, min(one.seconds), max(one.seconds))], seconds=one.seconds))
-    quartiles = [quantiles(one.seconds, n=4, method="inclusive") for one in (matmul, *contestants)]
-    matmul_spread, *spread = (third / first - 1 for first, _, third in quartiles)
-    if max(matmul_spread, median(spread)) > 0.1:
-        notes.append(f"Is the machine busy? Timings vary by {median(spread):.0%}, the matrix product by "
-                     f"{matmul_spread:.0%}.")
     return dict(matmul_flops=matmul.work / median(matmul.seconds), matmul_seconds=matmul.seconds,
                 copy_bytes=copy.work / median(copy.seconds), copy_seconds=copy.seconds,
                 attention=rows[0]["attention"], rows=rows, notes=notes)
@@ -258,7 +264,7 @@ def as_text(table, result):
 def verdict(tables):
     parts = ["{:.2f} ({:.2f} to {:.2f}) in {}".format(*row["speed_to_plain"], table)
              for table, result in tables.items() for row in result["rows"] if row["name"] == "mpvg" and row["plain"]]
-    return f"mpvg's speed relative to gap's, median (slowest to fastest round): {', '.join(parts) or 'not measured'}."
+    return f"mpvg's speed relative to gap's, median (95 % interval): {', '.join(parts) or 'not measured'}."
 
 
 def words(option, text, known):
@@ -297,7 +303,7 @@ def bench(
     """Times our methods, other libraries' ViTs and the machine's limits in turn. Dropout is off for every model.
 
     \b
-    x plain      speed relative to default (class token) or gap (GAP): median of the rounds (min-max)
+    x plain      speed relative to default (class token) or gap (GAP): median of the rounds (95 % interval)
     x best peer  speed relative to the fastest other library's model with the same pooling
     peak, roof   share of a large matrix product's speed; of the roofline, which also counts moved bytes
     images/s     the plain method's median times x plain, so that the two columns agree; ms as well
