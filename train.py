@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -53,7 +54,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-# Set by torchrun: this process's number among all and on its machine, and how many there are.
+# torchrun sets these: the process's number, its number on its machine, and the number of processes.
 RANK, LOCAL_RANK, WORLD_SIZE = (
     int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -75,7 +76,7 @@ class Recipe:
     lr_per: str = "epoch"            # how often the learning rate changes: epoch or step
     label_smoothing: float = 0.0
     repeats: int = 1                 # repeated augmentation: crops per image; an epoch shows 1/repeats of the images
-    crop_scale: float = 1.0          # random resized crop: least area, as a share of the image; 1: no crop
+    crop_scale: float = 1.0          # random resized crop: least area, as a share of the image; 1: none of arrays
     bicubic: float = 0.5             # probability of bicubic interpolation; bilinear otherwise
     flip: float = 0.0                # probability of a horizontal flip
     ra_ops: int = 0                  # RandAugment's operations per image, each applied with probability 0.5
@@ -128,8 +129,8 @@ def parse_assignments(text, separator, names):
 def numbers(count, seed):
     """-> uint8 images (count, 3, 32, 32) of the two-digit numbers 00 to 99 and labels (count,), the same for a seed.
 
-    Rotated by up to 9 degrees, scaled by 0.8 to 1.1, shifted by up to 4 pixels, dark on light or the reverse, noisy.
-    Telling 12 from 21 takes position, and so does assembling a digit that is spread over patches.
+    Each is rotated by up to 9 degrees, scaled by 0.8 to 1.1 and shifted by up to 4 pixels, dark on light or light on
+    dark, with noise. A model needs position to tell 12 from 21.
     """
     font = ImageFont.load_default(size=26)
     masks = torch.zeros(100, 1, 32, 32)
@@ -220,9 +221,9 @@ class ArrayData:
             rows = to_device(order[first:first + steps, columns], self.images.device)
             yield first, self.images[rows], self.labels[rows]
 
-    def test_batches(self, rank=0, world_size=1, size=500):
-        """Yields every `world_size`-th image from `rank` on: images (B, 3, H, W), labels (B,)."""
-        yield from zip(*(tensor[rank::world_size].split(size) for tensor in (self.images, self.labels)))
+    def test_batches(self, start=0, stride=1, batch_size=500):
+        """Yields every `stride`-th image from `start` on: images (B, 3, H, W), labels (B,)."""
+        yield from zip(*(tensor[start::stride].split(batch_size) for tensor in (self.images, self.labels)))
 
 
 @functools.lru_cache(2)  # with repeated augmentation two images alternate
@@ -250,31 +251,35 @@ class FolderData(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index_and_seed):
-        """-> uint8 image (3, size, size), label, failures.
+        """-> uint8 image (3, size, size), label, how many files could not be decoded.
 
         A file that cannot be decoded is replaced by the next one; in testing, by a black image with the label -1, which
         evaluate() ignores.
         """
         index, seed = index_and_seed
-        for failures in range(20):
+        testing = self.crop_scale is None
+        for failures in range(1 if testing else 20):
             path, label = self.samples[(index + failures) % len(self.samples)]
             try:
                 image = decode(path)
-                break
             except Exception as error:                               # a damaged file can fail in any way
                 warn(path, str(error) or type(error).__name__)
-                if self.crop_scale is None:
-                    return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
-        else:
-            raise OSError(f"{path} and 19 files before it cannot be decoded: is the disk mounted?")
+            else:
+                return self.crop(image, seed), label, failures
+        if testing:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
+        raise OSError(f"{path} and the 19 files before it cannot be decoded: is the disk mounted?")
+
+    def crop(self, image, seed):
+        """uint8 image (3, height, width) -> (3, size, size)."""
         if self.crop_scale is None:
             image = v2.resize(image, [int(self.size / self.crop_ratio)], InterpolationMode.BICUBIC)
-            return v2.center_crop(image, [self.size]), label, failures
+            return v2.center_crop(image, [self.size])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             box = RandomResizedCrop.get_params(image, [self.crop_scale, 1.0], [3 / 4, 4 / 3])
             mode = InterpolationMode["BICUBIC" if torch.rand(()) < self.bicubic else "BILINEAR"]
-        return v2.resized_crop(image, *box, [self.size] * 2, mode), label, failures
+        return v2.resized_crop(image, *box, [self.size] * 2, mode)
 
     def load(self, plan):
         """Yields uint8 images (B, 3, size, size) and labels (B,) for each list of (index, seed) in the plan."""
@@ -291,10 +296,10 @@ class FolderData(Dataset):
         for step, (images, labels) in enumerate(self.load(plan)):
             yield step, images[None], labels[None]
 
-    def test_batches(self, rank=0, world_size=1, size=125):
+    def test_batches(self, start=0, stride=1, batch_size=125):
         """See ArrayData.test_batches."""
-        share = [(index, 0) for index in range(rank, len(self.samples), world_size)]
-        yield from self.load([share[start:start + size] for start in range(0, len(share), size)])
+        share = [(index, 0) for index in range(start, len(self.samples), stride)]
+        yield from self.load([share[i:i + batch_size] for i in range(0, len(share), batch_size)])
 
 
 def class_names(root):
@@ -309,34 +314,30 @@ def class_names(root):
     return train
 
 
-def load_data(config, root, device, workers=None, splits=("train", "test"), crop_ratio=0.875):
-    """-> {"train": data, "test": data}. Training takes config["fraction"] of each class's images, chosen by seed."""
-    dataset, data = DATASETS[config["data"]], {}
+def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
+    """-> ArrayData or FolderData of "train" or "test". "train" has config["fraction"] of each class, chosen by seed."""
+    dataset, train = DATASETS[config["data"]], split == "train"
+    if dataset.load:
+        images, labels = dataset.load(root, train)
+    else:
+        folder = ImageFolder(root / ("train" if train else "val"))
+        if len(folder.classes) != config["num_classes"]:
+            raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
+                             f"{config['num_classes']}: --data-dir names the folder it was trained on")
+        samples, labels = folder.samples, torch.tensor(folder.targets)
+    rows = torch.arange(len(labels))
+    if train and config["fraction"] < 1:
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
+        by_class = [order[labels[order] == label] for label in labels.unique()]
+        rows = torch.cat([members[:max(1, round(config["fraction"] * len(members)))] for members in by_class])
     device = device if device.type == "cuda" else torch.device("cpu")  # where images are augmented
+    if dataset.load:
+        return ArrayData(images[rows], labels[rows], device)
     if workers is None:                                              # none on a CPU, which is busy training
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if device.type == "cpu" else min(cores, 16)
-    for split in splits:
-        train = split == "train"
-        if dataset.load:
-            images, labels = dataset.load(root, train)
-        else:
-            folder = ImageFolder(root / ("train" if train else "val"))
-            if len(folder.classes) != config["num_classes"]:
-                raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
-                                 f"{config['num_classes']}: --data-dir names the folder it was trained on")
-            samples, labels = folder.samples, torch.tensor(folder.targets)
-        rows = torch.arange(len(labels))
-        if train and config["fraction"] < 1:
-            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
-            by_class = [order[labels[order] == label] for label in labels.unique()]
-            rows = torch.cat([members[:max(1, round(config["fraction"] * len(members)))] for members in by_class])
-        if dataset.load:
-            data[split] = ArrayData(images[rows], labels[rows], device)
-        else:
-            data[split] = FolderData([samples[row] for row in rows.tolist()], config["image_size"], device, workers,
-                                     config["crop_scale"] if train else None, config["bicubic"], crop_ratio)
-    return data
+    return FolderData([samples[row] for row in rows.tolist()], config["image_size"], device, workers,
+                      config["crop_scale"] if train else None, config["bicubic"], crop_ratio)
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
@@ -413,51 +414,51 @@ OPERATIONS = {
 }
 
 
-def draw_boxes(count, height, width, area, max_ratio, whole):
+def draw_boxes(count, side, area, max_ratio, whole):
     """-> (count, 4) top, left, height, width: the first of ten random boxes that fits, or zeros.
 
-    area: least and greatest share of the image, uniform; max_ratio: of the sides, log-uniform, either may be longer;
-    whole: may a side be as long as the image's.
+    side: of the images; area: least and greatest share of the image, uniform; max_ratio: of a box's sides, log-uniform,
+    either may be longer; whole: may a box be as long as the image.
     """
     u = torch.rand(4, 10, count)
-    size, ratio = height * width * (area[0] + (area[1] - area[0]) * u[0]), max_ratio ** (2 * u[1] - 1)
+    size, ratio = side * side * (area[0] + (area[1] - area[0]) * u[0]), max_ratio ** (2 * u[1] - 1)
     h, w = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
-    fits = (h < height + whole) & (w < width + whole)
-    boxes = torch.stack([((height - h + 1) * u[2]).floor(), ((width - w + 1) * u[3]).floor(), h, w], dim=-1)
+    fits = torch.maximum(h, w) < side + whole
+    boxes = torch.stack([((side - h + 1) * u[2]).floor(), ((side - w + 1) * u[3]).floor(), h, w], dim=-1)
     return (boxes * fits[..., None])[fits.int().argmax(0), torch.arange(count)]
 
 
-def box_mask(box, height, width):
-    """Boxes (B, 4) -> (B, height, width), True inside."""
-    v, u = torch.arange(height, device=box.device)[:, None], torch.arange(width, device=box.device)
+def box_mask(box, side):
+    """Boxes (B, 4) -> (B, side, side), True inside."""
+    u = torch.arange(side, device=box.device)
+    v = u[:, None]
     top, left, h, w = (t.view(-1, 1, 1) for t in box.unbind(1))
     return (v >= top) & (v < top + h) & (u >= left) & (u < left + w)
 
 
-def draw_augmentation(count, height, width, recipe):
+def draw_augmentation(count, side, recipe):
     """-> what happens to each of `count` images, a dict of tensors on the CPU: the same for every device."""
-    crop = draw_boxes(count, height, width, (recipe.crop_scale, 1.0), 4 / 3, whole=True)
-    crop[(crop[:, 2] == 0) | (recipe.crop_scale == 1)] = torch.tensor([0.0, 0.0, height, width])
+    crop = draw_boxes(count, side, (recipe.crop_scale, 1.0), 4 / 3, whole=True)
+    crop[(crop[:, 2] == 0) | (recipe.crop_scale == 1)] = torch.tensor([0.0, 0.0, side, side])
     shape, bicubic = (count, recipe.ra_ops), recipe.bicubic
     return dict(
         crop=crop, crop_bicubic=torch.rand(count) < bicubic, flip=torch.rand(count) < recipe.flip,
         operation=torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1),  # -1: not applied
         magnitude=(recipe.ra_magnitude + 0.5 * torch.randn(shape)).clamp(0, 10),
         sign=torch.where(torch.rand(shape) < 0.5, -1.0, 1.0), bicubic=torch.rand(shape) < bicubic,
-        erase=draw_boxes(count, height, width, (0.02, 1 / 3), 1 / 0.3, whole=False)
+        erase=draw_boxes(count, side, (0.02, 1 / 3), 1 / 0.3, whole=False)
         * (torch.rand(count, 1) < recipe.erase))
 
 
-def draw_mixing(steps, height, width, recipe):
-    """-> (steps, height, width): how much of its own pixels an image keeps: mixup's lambda, or 0 in CutMix's box."""
+def draw_mixing(steps, side, recipe):
+    """-> (steps, side, side): how much of its own pixels an image keeps: mixup's lambda, or 0 in CutMix's box."""
     mixup, cutmix = recipe.mixup, recipe.cutmix
     cut = torch.rand(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))
     lam = torch.where(cut, *(torch.distributions.Beta(a or 1.0, a or 1.0).sample((steps,)) for a in (cutmix, mixup)))
-    sides = torch.tensor([height, width])
-    half = (sides * (1 - lam).sqrt()[:, None]).floor() // 2          # an odd side loses a pixel, as in timm
-    middle = (torch.rand(steps, 2) * sides).floor()
-    low, high = (middle - half).clamp(min=0), torch.minimum(middle + half, sides)
-    outside = ~box_mask(torch.cat([low, high - low], dim=1), height, width)
+    half = (side * (1 - lam).sqrt()[:, None]).floor() // 2           # an odd side loses a pixel, as in timm
+    middle = (torch.rand(steps, 2) * side).floor()
+    low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=side)
+    outside = ~box_mask(torch.cat([low, high - low], dim=1), side)
     return torch.where(cut.view(-1, 1, 1), outside.float(), lam.view(-1, 1, 1))
 
 
@@ -486,7 +487,7 @@ def normalise(x, dataset_name):
 def erase_boxes(x, box, seed):
     """Random erasing: normal noise in the boxes (B, 4) of normalised images (B, 3, H, W)."""
     rows = (box[:, 2] > 0).nonzero()[:, 0]
-    inside = box_mask(to_device(box[rows], x.device), *x.shape[2:])[:, None]
+    inside = box_mask(to_device(box[rows], x.device), x.shape[3])[:, None]
     noise = torch.randn(len(rows), *x.shape[1:], device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
     rows = to_device(rows, x.device)
     x[rows] = torch.where(inside, noise, x[rows])
@@ -535,14 +536,14 @@ def epoch_order(recipe, count, seed, epoch):
     return order[place // (2 * repeats) * 2 + place % 2].view(-1, size), seeds
 
 
-def batches(data, recipe, config, epoch, rank=0, world_size=1):
+def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
     """Yields each step's images (B, 3, H, W) and targets, this process's B = batch_size / world_size of the batch.
 
     The order is drawn from (seed, epoch). Augmentation and mixing are drawn for whole batches from the seed of their
     chunk's first step, and each process takes its columns. None of this depends on the number of processes, and a
     resumed run repeats it. Only the noise of random erasing is drawn by each process for itself.
     """
-    size, shape, classes = recipe.batch_size, (config["image_size"],) * 2, config["num_classes"]
+    size, side, classes = recipe.batch_size, config["image_size"], config["num_classes"]
     order, seeds = epoch_order(recipe, len(data), config["seed"], epoch)
     columns = slice(rank * size // world_size, (rank + 1) * size // world_size)
     if isinstance(data, FolderData):
@@ -550,8 +551,8 @@ def batches(data, recipe, config, epoch, rank=0, world_size=1):
     for first, images, labels in data.chunks(order, seeds, columns):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seeds[first])
-            draws = draw_augmentation(len(labels) * size, *shape, recipe)
-            keep = draw_mixing(len(labels), *shape, recipe) if recipe.mixes else None
+            draws = draw_augmentation(len(labels) * size, side, recipe)
+            keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
         noise_seed = seeds[first] + 2**62 + rank                     # seeds are under 2**62
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
@@ -633,7 +634,7 @@ def capture(train_step, example):
 
 
 def train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device):
-    """-> mean loss of this process's share of the epoch's batches, which the progress bar yields."""
+    """-> this process's mean loss. bar: the epoch's train_batches() in a progress bar."""
     losses = torch.zeros(steps, device=device)
     for step, (images, targets) in enumerate(bar):
         lr = lr_at(epoch if recipe.lr_per == "epoch" else epoch + step / steps, recipe)
@@ -649,11 +650,11 @@ def train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device):
 
 
 @torch.no_grad()
-def evaluate(model, test_data, config, device, rank=0, world_size=1):
+def evaluate(model, test_data, config, device):
     """-> accuracy in percent and mean cross entropy over the test images of all processes."""
     hits, losses, count, size = 0.0, 0.0, 0, None
     model.eval()
-    for images, labels in test_data.test_batches(rank, world_size):
+    for images, labels in test_data.test_batches(RANK, WORLD_SIZE):
         size = size or len(images)                                   # the last batch is padded: one shape to compile
         images = F.pad(images, (0, 0) * 3 + (0, size - len(images)))
         labels = F.pad(labels, (0, size - len(labels)), value=-1).to(device)
@@ -666,8 +667,7 @@ def evaluate(model, test_data, config, device, rank=0, world_size=1):
     if count == 0:
         raise SystemExit("error: no test image can be decoded")
     if not math.isfinite(losses):                                    # before anything is saved
-        raise SystemExit("error: the test loss is not finite, the run has diverged: try a lower --lr, or, on CUDA, "
-                         "torch.backends.cuda.enable_cudnn_sdp(False) at the top of train.py")
+        raise SystemExit("error: the test loss is not finite, the run has diverged: try a lower --lr")
     return dict(test_accuracy=100 * hits / count, test_loss=losses / count)
 
 
@@ -679,14 +679,11 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, recipe.decay_pe), lr=0.0, fused=True,
                                   capturable=graphs)
     train_step = make_train_step(net, optimizer, recipe.label_smoothing, config["precision"], accumulate)
-    measure_accuracy = partial(evaluate, compiled, data["test"], config, device, RANK, WORLD_SIZE)
     if config["compile"] != "off":
         start = time.perf_counter()
         images = torch.zeros(recipe.batch_size // WORLD_SIZE, *model.image_shape)
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
-        measure_accuracy()
-        model.train()
         compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s")
     log = []
@@ -703,13 +700,13 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
     for epoch in range(len(log), recipe.epochs):
         torch.manual_seed((config["seed"] * 100_003 + epoch) * 1009 + RANK)      # of dropout, also on a GPU
         epoch_start, failures = time.perf_counter(), sum(part.failures for part in data.values())
-        bar = tqdm(batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE), total=steps, leave=False,
+        bar = tqdm(train_batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE), total=steps, leave=False,
                    desc=f"epoch {epoch + 1} of {recipe.epochs}", unit=" images", unit_scale=recipe.batch_size,
                    disable=True if RANK else None)                   # None: silent without a terminal
         model.train()
         loss = train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device)
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
-        result = measure_accuracy()
+        result = evaluate(compiled, data["test"], config, device)
         failures = sum(part.failures for part in data.values()) - failures
         loss, failures = sum_over_processes(loss / WORLD_SIZE, failures)
         log.append(dict(
@@ -758,7 +755,7 @@ def save(path, contents):
 def save_checkpoint(folder, model, optimizer, config, log):
     """Writes a run's folder. A checkpoint holds weights, optimizer, configuration and log.
 
-    No random state is saved: each epoch seeds what it draws (see batches and fit).
+    No random state is saved: each epoch seeds what it draws (see train_batches and fit).
     """
     file = io.BytesIO()
     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), config=config, log=log), file)
@@ -775,14 +772,12 @@ def save_record(folder, config, log):
 
 
 def load_checkpoint(path, **sizes):
-    """-> model, checkpoint: checked here and nowhere else. path: a run's folder, or a file; sizes: for build_model."""
+    """-> the model with its weights, and the checkpoint. path: a run's folder, or a file; sizes: for build_model."""
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
         setting(checkpoint["config"])                                # fails where a value is missing
         model = load_weights(build_model(checkpoint["config"], **sizes), checkpoint["model"])
-        if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
-            raise ValueError("it holds no finished epoch")
     except OSError as error:
         raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
     except Exception as error:                                       # an altered file can be wrong in any way
@@ -791,15 +786,26 @@ def load_checkpoint(path, **sizes):
     return model, checkpoint
 
 
-def lock(folder):
-    """Keeps other processes out of a run's folder, until this one ends or the returned file is closed."""
-    file = open(folder / ".lock", "w")
+def open_run(folder, resume, overwrite):
+    """Creates a run's folder and keeps other processes out of it until the lock is closed or this process ends.
+
+    -> the lock, and the checkpoint to resume from or None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, checkpoint = open(folder / ".lock", "w"), None
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"error: another process is training in {folder}: wait, or choose another --name") from None
-    return file
+    if resume and (folder / "last.pt").exists():
+        checkpoint = load_checkpoint(folder)[1]
+    elif resume and (folder / "log.jsonl").exists():
+        raise SystemExit(f"error: {folder} has a log but no last.pt to resume from: --overwrite replaces it")
+    elif any(folder.glob("[!.]*")) and not (resume or overwrite):
+        raise SystemExit(f"error: {folder} exists: --resume continues it, --overwrite replaces it, --name chooses "
+                         "another")
+    return lock, checkpoint
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -820,7 +826,7 @@ def flag(text, *names, default=None, shown=True, **limits):
     return typer.Option(default, *names, help=text, show_default=shown, **limits)
 
 
-DATA_DIR = flag("Folder of cifar100, or of train/CLASS/*.JPEG and val/CLASS/*.JPEG.", default=Path("data"))
+DATA_DIR = flag("Folder that holds CIFAR-100, or train/CLASS/*.JPEG and val/CLASS/*.JPEG.", default=Path("data"))
 DEVICE = flag("cpu, cuda, cuda:1 or mps; auto takes an accelerator if there is one.", default="auto")
 
 
@@ -829,7 +835,7 @@ def refuse(name, message):
 
 
 def choose_device(name):
-    """-> torch.device of --device. Creates no context on a GPU, which a sweep would hold while its runs train."""
+    """-> torch.device of --device. Does not use a GPU: a sweep would hold its memory while its runs train."""
     accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
@@ -844,37 +850,49 @@ def choose_device(name):
     return device
 
 
-def configure(flags):
-    """Flags (None: not given) -> the run's configuration: plain values that decide its result."""
-    device = choose_device(flags["device"])
-    cuda = device.type == "cuda"
-    data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
-    dataset, standard = DATASETS[data], DATASETS[data].recipe
+def choose_method(flags):
+    """-> a method's name, and the options of mpvg.ViT that override its own."""
     chosen = flags["pe"], flags["pool"], flags["mpvg"]
-    method, _, options = (flags["method"] or "").partition(":")
-    if method and any(chosen):
-        refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
     if flags["method"] is None:
         pe, pool, mpvg = flags["pe"] or "layerwise", flags["pool"] or "gap", flags["mpvg"] or not any(chosen)
         method = METHOD_OF_FLAGS.get((pe, pool, mpvg)) or refuse("mpvg", "it needs a PE and --pool gap")
+        return method, {"pe": "none"} if pe == "none" else {}
+    if any(chosen):
+        refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
+    method, _, options = flags["method"].partition(":")
     try:
         names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
         overrides = parse_assignments(options, ":", sorted(names))
     except ValueError as error:
         refuse("method", str(error))
-    if flags["pe"] == "none" or overrides.get("pe", "") is None:     # parse_assignments reads "none" as None
+    if overrides.get("pe", "") is None:                              # parse_assignments reads "none" as None
         overrides["pe"] = "none"
+    return method, overrides
 
+
+def recipe_for(data, **changes):
+    """-> the data set's Recipe with these changes, and with what follows from epochs and batch_size."""
+    recipe, follow = DATASETS[data].recipe, {}
+    epochs, batch_size = changes.get("epochs", recipe.epochs), changes.get("batch_size", recipe.batch_size)
+    if epochs < 10 * recipe.warmup_epochs:                           # a short run warms up by the step
+        follow = dict(warmup_epochs=epochs / 10, cooldown_epochs=min(recipe.cooldown_epochs, epochs // 10),
+                      lr_per="step")
+    if data == "imagenet":                                           # DeiT: 5e-4 for every 512 images of a batch
+        follow["lr"] = recipe.lr * batch_size / recipe.batch_size
+    return dataclasses.replace(recipe, **follow | changes)
+
+
+def configure(flags):
+    """Flags (None: not given) -> the run's configuration: plain values that decide its result."""
+    device = choose_device(flags["device"])
+    cuda = device.type == "cuda"
+    data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
+    dataset = DATASETS[data]
+    method, overrides = choose_method(flags)
     try:
-        given = parse_assignments(flags["recipe"], ",", dataclasses.asdict(standard))
-        given |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
-        derived, epochs = {}, given.get("epochs", standard.epochs)
-        if epochs < 10 * standard.warmup_epochs:                     # a short run warms up by the step
-            derived = dict(warmup_epochs=epochs / 10, cooldown_epochs=min(standard.cooldown_epochs, epochs // 10),
-                           lr_per="step")
-        if data == "imagenet":                                       # DeiT: 5e-4 for every 512 images of a batch
-            derived["lr"] = standard.lr * given.get("batch_size", standard.batch_size) / standard.batch_size
-        recipe = dataclasses.replace(standard, **derived | given)
+        changes = parse_assignments(flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
+        changes |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
+        recipe = recipe_for(data, **changes)
     except TypeError:
         refuse("recipe", "epochs and batch_size are whole numbers")
     except ValueError as error:
@@ -972,7 +990,7 @@ def train_command(
     accumulate: int = flag("Gradient accumulation: split each batch into this many parts.", default=1, min=1),
     name: str | None = flag("Name of the run's folder.", shown="METHOD-MODEL-DATA-seedN"),
     runs: Path = flag("Where run folders go.", default=Path("runs")),
-    resume: bool = flag("Continue after the last finished epoch, or start from scratch.", "--resume", default=False),
+    resume: bool = flag("Continue after the last finished epoch, if there is one.", "--resume", default=False),
     overwrite: bool = flag("Replace an existing run of that name.", "--overwrite", default=False),
 ):
     """Train a Vision Transformer with a position embedding of the MPVG paper, and test it after every epoch.
@@ -988,7 +1006,7 @@ def train_command(
     if ctx.invoked_subcommand:
         given = [key for key in ctx.params if ctx.get_parameter_source(key).name != "DEFAULT"]
         if given or WORLD_SIZE > 1:
-            raise typer.BadParameter(f"write the flags after {ctx.invoked_subcommand}, and start it without torchrun")
+            raise typer.BadParameter(f"write the flags after {ctx.invoked_subcommand}; torchrun cannot start it")
         return
     if resume and overwrite:
         refuse("resume", "it continues a run and --overwrite replaces it: choose one")
@@ -1008,24 +1026,19 @@ def train_command(
 
 
 def train_run(flags, config, folder, device):
-    """One process's part of a run, from its configuration to the last line."""
-    from_first = [None]
+    """Trains one run; each process calls it."""
+    checkpoint = None
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _lock = lock(folder)                                         # held until this function returns
-        if flags["resume"] and (folder / "last.pt").exists():
-            from_first = [load_checkpoint(folder)[1]]
-        elif flags["resume"] and (folder / "log.jsonl").exists():
-            raise SystemExit(f"error: {folder} has a log but no last.pt to resume from: --overwrite replaces it")
-        elif any(folder.glob("[!.]*")) and not (flags["resume"] or flags["overwrite"]):
-            raise SystemExit(f"error: {folder} exists: --resume continues it, --overwrite replaces it, --name chooses "
-                             "another")
-    if WORLD_SIZE > 1:                                               # the first process's disk may be its own
-        dist.broadcast_object_list(from_first, device=torch.device("cpu"))
-    checkpoint, data = from_first[0], None
-    for my_turn in (RANK == 0, LOCAL_RANK == 0, True):               # one process downloads, then one on each machine
-        if my_turn and not data:
-            data = load_data(config, flags["data_dir"], device, flags["workers"])
+        _lock, checkpoint = open_run(folder, flags["resume"], flags["overwrite"])  # locked until this function returns
+    if WORLD_SIZE > 1:                                               # only the first process may have the file
+        shared = [checkpoint]
+        dist.broadcast_object_list(shared, device=torch.device("cpu"))
+        checkpoint = shared[0]
+    data, my_turn = None, 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    for turn in range(3):                                            # one process downloads, then one on each machine
+        if turn == my_turn:
+            data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
+                    for split in ("train", "test")}
         barrier()
     config["images"] = len(data["train"])
     changed = [f"{key} was {checkpoint['config'].get(key)}, is {value}" for key, value in config.items()
@@ -1050,7 +1063,7 @@ def train_run(flags, config, folder, device):
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
-    if checkpoint and RANK == 0:                                     # a save may have been killed before the record
+    if checkpoint and RANK == 0:                                     # the last save may have been killed before it
         save_record(folder, checkpoint["config"], checkpoint["log"])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
@@ -1063,20 +1076,19 @@ def initialise(model, path, config):
     """Loads another run's weights, or any checkpoint that mpvg.load_weights takes. -> what was left out or is new."""
     try:
         checkpoint = read_checkpoint(path / "last.pt" if path.is_dir() else path)
-        own = {name: value.clone() for name, value in model.head.state_dict().items()}
-        state = state_dict_of(checkpoint)
+        state, trained = dict(state_dict_of(checkpoint)), checkpoint.get("config")
+        if isinstance(trained, dict) and trained.get("data") != config["data"]:
+            state.pop("head.weight", None)                           # as many classes perhaps, but others
+        new_head = getattr(state.get("head.weight"), "shape", ())[:1] != model.head.weight.shape[:1]
         from_cls = model.cls_token is None and "cls_token" in state
         new = [name for name in model.state_dict() if from_cls and name not in state and not name.startswith("head")]
         if new and config["freeze"]:
             raise ValueError("its PE norms start at 0 and have to learn: leave --freeze out")
-        load_weights(model, checkpoint, new_head=True, from_cls=from_cls)
+        load_weights(model, state, new_head=True, from_cls=from_cls)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
-    trained = checkpoint.get("config")
-    if isinstance(trained, dict) and trained.get("data") != config["data"]:
-        model.head.load_state_dict(own)                              # as many classes, but others
     return ", ".join(["without its class token"] * from_cls + [f"new and 0: {', '.join(new)}"] * bool(new)
-                     + ["with a new head" if torch.equal(model.head.weight, own["weight"]) else "with its head"])
+                     + ["with a new head" if new_head else "with its head"])
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
@@ -1084,15 +1096,15 @@ def initialise(model, path, config):
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def sweep(
     ctx: typer.Context,
-    methods: str = flag("Methods as for --method, with commas between: default,mpvg,mpvg:layer0=true.",
+    methods: str = flag("Comma-separated methods, each as for --method: default,mpvg,mpvg:layer0=true.",
                         default="default,lape,pvg,mpvg"),
     seeds: int = flag("Seeds 0 to N - 1 of each method.", default=3, min=1),
     jobs: int = flag("Runs side by side; each writes what it prints to RUNS/NAME.txt.", default=1, min=1),
 ):
     """Train every method with every seed.
 
-    Goes on where a sweep was stopped. Prints a table, also to RUNS/sweep.md. Takes the flags of `python train.py` as
-    well, except those that it sets itself.
+    Skips finished runs and resumes stopped ones. Prints a table, also to RUNS/sweep.md. Takes all flags of
+    `python train.py` but --method, --pe, --pool, --mpvg, --seed, --name, --resume and --overwrite.
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
@@ -1105,20 +1117,22 @@ def sweep(
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> configuration, command line
-    for seed, method in itertools.product(range(seeds), methods.split(",")):  # a stopped sweep has complete seeds
+    for seed, method in itertools.product(range(seeds), methods.split(",")):  # a stopped sweep has whole seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
         config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
-        if not flags["precision"]:                                   # each run asks its GPU; a sweep must hold none
+        if not flags["precision"]:                                   # each run asks its GPU; the sweep must not use one
             del config["precision"]
         planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
     common.params["runs"].mkdir(parents=True, exist_ok=True)
 
     def train_one(folder):
         config, command = planned[folder]
-        runs = finished_runs([folder]) if (folder / "log.jsonl").exists() else []
-        if any(config.items() <= run.config.items() for run in runs):
-            return 0                                                 # with or without its weights
+        try:
+            if config.items() <= read_run(folder).config.items():    # finished, with or without its weights
+                return 0
+        except NOT_A_RUN:
+            pass
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
             return subprocess.run(command).returncode
@@ -1167,10 +1181,27 @@ class Run(NamedTuple):
     """A finished run, read without its weights."""
     folder: Path
     label: str                       # of the method
+    setting: str                     # everything else that affects the result, except the seed
     config: dict
     log: list                        # one dict per epoch
     mechanism: dict                  # the contents of mechanism.json, which report writes, or {}
     parameters: int                  # their number
+
+
+NOT_A_RUN = OSError, ValueError, LookupError, TypeError, AttributeError  # what read_run may raise for any other folder
+
+
+def read_run(folder):
+    """-> Run. Raises NOT_A_RUN if the folder does not hold a finished one."""
+    config = json.loads((folder / "config.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    measured = folder / "mechanism.json"
+    mechanism = json.loads(measured.read_text()) if measured.exists() else {}
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    if log[-1]["epoch"] != config["epochs"]:
+        raise ValueError("not finished")
+    return Run(folder, method_label(config), setting(config), config, log, mechanism, parameters)
 
 
 def finished_runs(folders):
@@ -1178,17 +1209,8 @@ def finished_runs(folders):
     runs = []
     for folder in folders:
         try:
-            config = json.loads((folder / "config.json").read_text())
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            measured = folder / "mechanism.json"
-            mechanism = json.loads(measured.read_text()) if measured.exists() else {}
-            setting(config)                                          # raises if a value is missing
-            with torch.device("meta"):
-                parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
-            if log[-1]["epoch"] != config["epochs"]:
-                raise ValueError("not finished")
-            runs.append(Run(folder, method_label(config), config, log, mechanism, parameters))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            runs.append(read_run(folder))
+        except NOT_A_RUN:
             typer.echo(f"note: {folder} is left out: it holds no finished run", err=True)
     return runs
 
@@ -1196,13 +1218,15 @@ def finished_runs(folders):
 def setting(config):
     """-> text: everything that affects a result, except method and seed; lists only differences from the recipe."""
     dataset = DATASETS[config["data"]]
-    standard = dataclasses.asdict(dataset.recipe) | dict(image_size=dataset.image_size, fraction=1.0, init=None,
-                                                         num_classes=dataset.num_classes or 1000, freeze=False)
-    if config.get("init"):                                           # the same for all methods and seeds
-        trained = "-".join(Path(config["init"]).parts[-2:]).replace(method_label(config), "METHOD")
-        config = config | dict(init=trained.replace(f"seed{config['seed']}", "seedN"))
-    differs = [f"{name} {config[name]}" for name, usual in standard.items()
-               if name != "epochs" and config.get(name, usual) != usual]
+    recipe = recipe_for(config["data"], epochs=config["epochs"], batch_size=config["batch_size"])
+    usual = dataclasses.asdict(recipe) | dict(
+        batch_size=dataset.recipe.batch_size, image_size=dataset.image_size, num_classes=dataset.num_classes or 1000,
+        fraction=1.0, init=None, freeze=False)
+    if config.get("init"):                                           # one setting, whichever method and seed it was
+        trained, names = "-".join(Path(config["init"]).parts[-2:]), "|".join(sorted(METHODS, key=len, reverse=True))
+        trained = re.sub(rf"\b({names})(-\w+=[^-]+)*-", "METHOD-", trained)
+        config = config | dict(init=re.sub(r"seed\d+", "seedN", trained))
+    differs = [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(["{model}, {data}, {epochs} epochs, {precision}".format(**config), *differs])
 
 
@@ -1210,15 +1234,11 @@ def by_setting(runs, order=tuple(METHODS)):
     """-> {setting: {label: {seed: run}}}, labels in the given order, then any others by name."""
     settings = {}
     for run in sorted(runs, key=lambda run: ([*order, run.label].index(run.label), run.label, run.config["seed"])):
-        seeds = settings.setdefault(setting(run.config), {}).setdefault(run.label, {})
+        seeds = settings.setdefault(run.setting, {}).setdefault(run.label, {})
         other = seeds.setdefault(run.config["seed"], run)
         if other is not run:
-            raise SystemExit(f"error: {run.folder} and {other.folder} have the same flags and seed: leave one out")
+            raise SystemExit(f"error: {run.folder} and {other.folder} have the same setting and seed: leave one out")
     return settings
-
-
-def any_config(methods):
-    return next(run.config for seeds in methods.values() for run in seeds.values())
 
 
 def t_test(values, alpha=0.05):
@@ -1255,11 +1275,11 @@ half of a 95 % confidence interval, not corrected for the number of methods. Bes
 by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
-Differences are paired by seed; +- is half of the confidence interval of that level. A verdict is on
-the sign, from four seeds on; read it once, when all planned seeds are done. The first row is tested
-at 5 % by itself. The next four, the paper's simple differences, share 5 % by Holm's procedure: once
-one is inconclusive, so are all with a larger p-value. Last column: is the paper's value, of one run
-per method, inside our interval?
+Differences are paired by seed; +- is half of the confidence interval of that level. Verdicts are on
+the sign and need four seeds; read them once, when all planned seeds are done. The first row is
+tested at 5 % by itself. The next four, the paper's simple differences, share 5 % by Holm's
+procedure: once one is inconclusive, so are all with a larger p-value. Last column: is the paper's
+value, of one run per method, inside our interval?
 """
 MECHANISM_NOTE = """\
 Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
@@ -1275,17 +1295,17 @@ from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % f
 
 def results_table(title, methods, base=None):
     """-> text: one row per method of a setting, {label: {seed: run}}; the paper's figures beside it."""
-    rows, first, paper = [], base or next(iter(methods)), PAPER.get(title.rpartition(", ")[0], {})
+    rows, reference, paper = [], base or next(iter(methods)), PAPER.get(title.rpartition(", ")[0], {})
     for name, seeds in methods.items():
         logs = [run.log for run in seeds.values()]
-        pairs = [run.log[-1]["test_accuracy"] - methods[first][seed].log[-1]["test_accuracy"]
-                 for seed, run in seeds.items() if name != first and seed in methods.get(first, {})]
+        pairs = [run.log[-1]["test_accuracy"] - methods[reference][seed].log[-1]["test_accuracy"]
+                 for seed, run in seeds.items() if name != reference and seed in methods.get(reference, {})]
         rows.append([
             name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]), difference(pairs),
             f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
             f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{next(iter(seeds.values())).parameters:,}",
             f"{paper[name]:.2f}" if name in paper else ""])
-    head = ["method", "n", "last epoch %", f"minus {first}", "best epoch %", "seconds", "parameters", "paper %"]
+    head = ["method", "n", "last epoch %", f"minus {reference}", "best epoch %", "seconds", "parameters", "paper %"]
     return as_table(title, head, rows, RESULTS_NOTE)
 
 
@@ -1302,33 +1322,34 @@ def contrasts(methods):
     One dict each: name; values, percentage points, one per seed; alpha; half, half the width of the 1 - alpha interval;
     verdict; paper and paper_model, the paper's value and the model that it is of.
     """
-    config = any_config(methods)
+    config = next(run.config for seeds in methods.values() for run in seeds.values())
     if config["data"] not in ("cifar100", "imagenet") or config["init"]:  # the paper has no such runs
         return []
     tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in methods.items() if seed in runs}
               for seed in sorted(set().union(*methods.values()))]
     values = {name: contrast_values(name, tables) for name in (CONFLICT, *CLAIMS, *OTHERS)}
     values = {name: points for name, points in values.items() if len(points) > 2}
-    claims = sorted((name for name in CLAIMS if name in values), key=lambda name: t_test(values[name])[1])
+    p = {name: t_test(points)[1] for name, points in values.items()}
+    claims = sorted((name for name in CLAIMS if name in values), key=p.get)
     alpha = dict.fromkeys(values, 0.05) | {name: 0.05 / (len(CLAIMS) - rank) for rank, name in enumerate(claims)}
-    half = {name: t_test(values[name], alpha[name])[0] for name in values}
-    conclusive = {name for name in values if abs(mean(values[name])) > half[name]}
-    for name, next_name in itertools.pairwise(claims):               # Holm: a larger p-value cannot do better
-        if name not in conclusive:
-            conclusive.discard(next_name)
+
+    def is_clear(name):
+        return p[name] <= alpha[name]
+
+    conclusive = {*filter(is_clear, values.keys() & {CONFLICT}), *itertools.takewhile(is_clear, claims)}  # Holm stops
     own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
     rows = []
-    for name in values:
-        papers = [(value, title.partition(",")[0]) for title in own_model_first
-                  for value in contrast_values(name, [PAPER[title]])]
-        paper, paper_model = papers[0] if papers else (None, "")
+    for name, points in values.items():
+        papers = ((value, title.partition(",")[0]) for title in own_model_first
+                  for value in contrast_values(name, [PAPER[title]]))
+        paper, paper_model = next(papers, (None, ""))
         verdict = ""
-        if name not in OTHERS and len(values[name]) >= 4:
+        if name not in OTHERS and len(points) >= 4:
             verdict = "inconclusive"
             if name in conclusive:
-                verdict = "agrees" if mean(values[name]) * paper > 0 else "disagrees"
-        rows.append(dict(name=name, values=values[name], alpha=alpha[name], half=half[name], verdict=verdict,
-                         paper=paper, paper_model=paper_model))
+                verdict = "agrees" if mean(points) * paper > 0 else "disagrees"
+        rows.append(dict(name=name, values=points, alpha=alpha[name], half=t_test(points, alpha[name])[0],
+                         verdict=verdict, paper=paper, paper_model=paper_model))
     return rows
 
 
@@ -1384,7 +1405,7 @@ def evaluate_command(
     net = fold(model) if fold_ else model
     if DATASETS[config["data"]].load and image_size:                 # files are cropped to any size
         net.register_forward_pre_hook(lambda _, x: F.interpolate(*x, size=size, mode="bicubic", antialias=True))
-    data = load_data(config | dict(image_size=size), data_dir, device, None, ["test"], crop_ratio)["test"]
+    data = load_split(config | dict(image_size=size), "test", data_dir, device, crop_ratio=crop_ratio)
     result = evaluate(net.to(device), data, config, device)
     typer.echo(f"{method_label(config)}, {config['model']}{', folded' if fold_ else ''}, {config['data']} at {size}x"
                f"{size}, seed {config['seed']}, epoch {len(checkpoint['log'])}: test accuracy "
@@ -1450,7 +1471,7 @@ def measure_position(model, batches):
     LN_l(x_l), block 0, 1, ..., and LN(x_L). attention: from LN_l(x_l) + e_l, None where there is no e_l. The map is a
     ridge regression of the one-hot index on centred features, its strength 0.001 of their mean variance, fitted to
     every second image and tested on the others. ordered, shuffled: accuracy on the images, and on the images with their
-    patches shuffled. chance: of the index, 100 / N.
+    patches shuffled.
     """
     delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
 
@@ -1482,7 +1503,15 @@ def measure_position(model, batches):
     ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
     attention = iter(index_read[2 * depth + 1:])
     return dict(stream=index_read[:depth], normed=index_read[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
-                attention=[None if e is None else next(attention) for e in delivered], chance=100 / patches)
+                attention=[None if e is None else next(attention) for e in delivered])
+
+
+def images_to_measure(config, count, data_dir, device):
+    """-> at most `count` test images of all classes, a list of normalised batches (B, 3, H, W) and labels (B,)."""
+    data = load_split(config, "test", data_dir, device)
+    every = math.ceil(len(data) / count)                             # files are sorted by class
+    return [(normalise(images[labels >= 0].to(device), config["data"]), labels[labels >= 0].to(device))
+            for images, labels in data.test_batches(0, every, 50)]
 
 
 def measure_run(run, model, batches):
@@ -1602,8 +1631,8 @@ def report(
 ):
     """Print tables of finished runs and draw figures.
 
-    Draws what the paper draws: correlation by layer, heatmaps, the last norm. Measures runs that have weights and
-    writes mechanism.json; others use the one they have. Figures need matplotlib.
+    Draws what the paper draws: correlation by layer, heatmaps, the last norm. Runs that have weights are measured, and
+    their mechanism.json is written; for others the one in their folder is used. Figures need matplotlib.
     """
     device, runs = choose_device(device), finished_runs(folder for folder in folders if folder != out)
     if not runs:
@@ -1615,15 +1644,11 @@ def report(
         model, key = load_checkpoint(run.folder)[0].to(device).eval(), (run.config["data"], run.config["image_size"])
         try:
             if key not in test_images:
-                data = load_data(run.config, data_dir, device, None, ["test"])["test"]
-                every = math.ceil(len(data) / images)                # files are sorted by class
-                batches = [(x[y >= 0], y[y >= 0]) for x, y in data.test_batches(0, every, 50)]
-                test_images[key] = [(normalise(x.to(device), key[0]), y.to(device)) for x, y in batches]
+                test_images[key] = images_to_measure(run.config, images, data_dir, device)
         except (OSError, SystemExit) as error:
             typer.echo(f"note: {run.folder} is not measured ({error})", err=True)
             continue
-        tokens_and_pe = measure_run(run, model, test_images[key])
-        heatmaps.setdefault((setting(run.config), run.label), (run.folder.name, *tokens_and_pe))
+        heatmaps.setdefault((run.setting, run.label), (run.folder.name, *measure_run(run, model, test_images[key])))
     measured = by_setting(run for run in runs if "position" in run.mechanism)
     found = {title: contrasts(methods) for title, methods in settings.items()}
     for title, methods in settings.items():
