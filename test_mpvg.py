@@ -1854,6 +1854,54 @@ def test_a_subcommand_takes_its_flags_after_its_name():
         assert run_cli(train.main, name, "--help").code == 0
 
 
+# ------------------------------------------------------------------------------------------- train.py: accelerators
+
+@pytest.fixture
+def accelerator():
+    return torch.accelerator.current_accelerator() or pytest.skip("no accelerator")
+
+
+def test_an_accelerator_computes_what_the_cpu_does(accelerator):
+    model, x = randomise(create("vit-nano", "mpvg"), 0.1).float(), images(2, (32, 32), dtype=torch.float32)
+    for net in (model, fold(model)):
+        logits = net(x)
+        torch.testing.assert_close(net.to(accelerator)(x.to(accelerator)).cpu(), logits, rtol=0, atol=0.01)
+        net.cpu()
+    for data in ("cifar100", "imagenet"):
+        recipe = dataclasses.replace(train.DATASETS[data].recipe, batch_size=50, erase=0.0)  # erasing's noise differs
+        config = dict(data=data, image_size=32, num_classes=100, seed=3)
+        epochs = [train.train_batches(train.ArrayData(*make_numbers(200, 1), device), recipe, config, 0)
+                  for device in ("cpu", "cuda" if accelerator.type == "cuda" else "cpu")]
+        for (x, targets), (y, others) in zip(*epochs, strict=True):
+            torch.testing.assert_close(others.cpu(), targets)
+            assert (x - y.cpu()).abs().mean() < 0.005                           # a level of 255 is 0.014
+
+
+def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(accelerator, tmp_path, monkeypatch):
+    def losses(name, *flags, code=0):
+        result = run_cli(train.main, "--data", "cifar100", "--model", "vit-nano", "--epochs", 3, "--batch-size", 40,
+                         "--lr", 0.01, "--precision", "fp32", "--device", accelerator, "--runs", tmp_path,
+                         "--name", name, *flags)
+        assert result.code == code, result.err
+        return [line["loss"] for line in log_of(tmp_path / name)]
+
+    def save_and_stop(*arguments, save=train.save_checkpoint):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    modes = ("off", "on", "graphs") if accelerator.type == "cuda" else ("off",)
+    plain = losses("plain")
+    for mode in modes:
+        assert losses(mode, "--compile", mode) == pytest.approx(plain, rel=1e-3)
+        flags = "--compile", mode, "--method", "mpvg:attn_drop=0.5:drop_path=0.5"
+        whole = losses(f"{mode}-whole", *flags)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "save_checkpoint", save_and_stop)
+            assert len(losses(f"{mode}-resumed", *flags, code=130)) == 1
+        assert losses(f"{mode}-resumed", *flags, "--resume") == pytest.approx(whole, rel=1e-4)
+        assert whole != pytest.approx(plain, rel=1e-3)                          # dropout was on
+
+
 # ------------------------------------------------------------------------------------------------------------ bench.py
 
 SMALL = dict(image_size=32, patch_size=16, num_classes=10, dim=16, depth=1, heads=2, mlp_ratio=2.0)
