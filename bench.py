@@ -213,7 +213,8 @@ def run_table(table, names, s):
 def speed(one, other):
     """-> speed of one as a share of the other's: median of the rounds and its 95 % interval; None without another.
 
-    The interval is between two of the sorted ratios. With fewer than 6 it holds all of them and has less confidence.
+    The interval is between two of the sorted ratios. With fewer than 9 it holds all of them: 97 to 99 % confidence from
+    6 on, less with fewer.
     """
     if other is None:
         return None
@@ -250,7 +251,7 @@ def as_text(table, result):
              f"{result['copy_bytes'] / 1e9:,.1f} GB/s, {result['attention'] or 'attention kernel unknown'}",
              f"{'':<17} {'x plain':<17} {'x best peer':<17} peak roof images/s {'ms (min-max)':<16}   MiB comp"]
     for row in result["rows"]:
-        plain, best = ("{:.3f} ({:.2f}-{:.2f})".format(*row[key]) if row[key] else "-"
+        plain, best = ("{:.3f} {:.3f}-{:.3f}".format(*row[key]) if row[key] else "-"
                        for key in ("speed_to_plain", "speed_to_best_peer"))
         ms = "{} ({}-{})".format(*(f"{t:.0f}" if t >= 100 else f"{t:.1f}" for t in row["milliseconds"]))
         memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2 ** 20:.0f}"
@@ -262,7 +263,7 @@ def as_text(table, result):
 
 
 def verdict(tables):
-    parts = ["{:.2f} ({:.2f} to {:.2f}) in {}".format(*row["speed_to_plain"], table)
+    parts = ["{:.3f} ({:.3f} to {:.3f}) in {}".format(*row["speed_to_plain"], table)
              for table, result in tables.items() for row in result["rows"] if row["name"] == "mpvg" and row["plain"]]
     return f"mpvg's speed relative to gap's, median (95 % interval): {', '.join(parts) or 'not measured'}."
 
@@ -303,8 +304,8 @@ def bench(
     """Times our methods, other libraries' ViTs and the machine's limits in turn. Dropout is off for every model.
 
     \b
-    x plain      speed relative to default (class token) or gap (GAP): median of the rounds (95 % interval)
-    x best peer  speed relative to the fastest other library's model with the same pooling
+    x plain      speed relative to default (class token) or gap (GAP): median of the rounds, 95 % interval
+    x best peer  the same for the fastest other library's model with the same pooling, chosen by these timings
     peak, roof   share of a large matrix product's speed; of the roofline, which also counts moved bytes
     images/s     the plain method's median times x plain, so that the two columns agree; ms as well
     MiB, comp    peak memory; seconds of compilation, short if torch finds the graph in its disk cache

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -667,7 +666,8 @@ def evaluate(model, test_data, config, device):
     if count == 0:
         raise SystemExit("error: no test image can be decoded")
     if not math.isfinite(losses):                                    # before anything is saved
-        raise SystemExit("error: the test loss is not finite, the run has diverged: try a lower --lr")
+        raise SystemExit("error: the test loss is not finite, the run has diverged: try a lower --lr, or, on CUDA, "
+                         "torch.backends.cuda.enable_cudnn_sdp(False) at the top of train.py")
     return dict(test_accuracy=100 * hits / count, test_loss=losses / count)
 
 
@@ -684,6 +684,8 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
         images = torch.zeros(recipe.batch_size // WORLD_SIZE, *model.image_shape)
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
+        evaluate(compiled, data["test"], config, device)
+        model.train()
         compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s")
     log = []
@@ -778,6 +780,8 @@ def load_checkpoint(path, **sizes):
         checkpoint = read_checkpoint(path)
         setting(checkpoint["config"])                                # fails where a value is missing
         model = load_weights(build_model(checkpoint["config"], **sizes), checkpoint["model"])
+        if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
+            raise ValueError("it holds no finished epoch")
     except OSError as error:
         raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
     except Exception as error:                                       # an altered file can be wrong in any way
@@ -1222,10 +1226,11 @@ def setting(config):
     usual = dataclasses.asdict(recipe) | dict(
         batch_size=dataset.recipe.batch_size, image_size=dataset.image_size, num_classes=dataset.num_classes or 1000,
         fraction=1.0, init=None, freeze=False)
-    if config.get("init"):                                           # one setting, whichever method and seed it was
-        trained, names = "-".join(Path(config["init"]).parts[-2:]), "|".join(sorted(METHODS, key=len, reverse=True))
-        trained = re.sub(rf"\b({names})(-\w+=[^-]+)*-", "METHOD-", trained)
-        config = config | dict(init=re.sub(r"seed\d+", "seedN", trained))
+    if config.get("init"):                                           # runs of which each has its own: one setting
+        start, end = f"{method_label(config)}-", f"-seed{config['seed']}"
+        config = config | dict(init="-".join(
+            f"METHOD-{part[len(start):-len(end)]}-seedN" if part.startswith(start) and part.endswith(end) else part
+            for part in Path(config["init"]).parts[-2:]))
     differs = [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
     return ", ".join(["{model}, {data}, {epochs} epochs, {precision}".format(**config), *differs])
 
