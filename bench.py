@@ -1,7 +1,7 @@
 """How fast? Times our methods, other libraries' ViTs and the machine's own limits side by side.
 
     python bench.py                          # DeiT-Ti: the paper's methods and every peer that is installed
-    python bench.py --quick                  # a first look at a small model, about a minute on two CPU cores
+    python bench.py --quick                  # a first look at a small model, a minute or two on two CPU cores
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
 In each round all contestants of a table take a turn, in random order, and a ratio is the median of the rounds' ratios.
@@ -305,7 +305,7 @@ def bench(
 
     \b
     x plain      speed relative to default (class token) or gap (GAP): median of the rounds, 95 % interval
-    x best peer  the same for the fastest other library's model with the same pooling, chosen by these timings
+    x best peer  speed relative to the other library's model that is fastest here with the same pooling
     peak, roof   share of a large matrix product's speed; of the roofline, which also counts moved bytes
     images/s     the plain method's median times x plain, so that the two columns agree; ms as well
     MiB, comp    peak memory; seconds of compilation, short if torch finds the graph in its disk cache

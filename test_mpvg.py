@@ -1848,6 +1848,7 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     result = sweep(*flags)
     assert result.code == 1 and f"error: 1 of 2 runs failed: {names[1]}" in result.err      # only this one started
     assert f"failed, see {tmp_path / names[1]}.txt" in result.out and "| gap" in (tmp_path / "sweep.md").read_text()
+    assert "2 of 2 runs failed" in sweep(*flags, "--precision", "bf16").err                 # other flags: both started
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -75,7 +75,7 @@ class Recipe:
     lr_per: str = "epoch"            # how often the learning rate changes: epoch or step
     label_smoothing: float = 0.0
     repeats: int = 1                 # repeated augmentation: crops per image; an epoch shows 1/repeats of the images
-    crop_scale: float = 1.0          # random resized crop: least area, as a share of the image; 1: none of arrays
+    crop_scale: float = 1.0          # random resized crop: least area, as a share of the image; 1: no crop of arrays
     bicubic: float = 0.5             # probability of bicubic interpolation; bilinear otherwise
     flip: float = 0.0                # probability of a horizontal flip
     ra_ops: int = 0                  # RandAugment's operations per image, each applied with probability 0.5
@@ -1010,7 +1010,7 @@ def train_command(
     if ctx.invoked_subcommand:
         given = [key for key in ctx.params if ctx.get_parameter_source(key).name != "DEFAULT"]
         if given or WORLD_SIZE > 1:
-            raise typer.BadParameter(f"write the flags after {ctx.invoked_subcommand}; torchrun cannot start it")
+            raise typer.BadParameter(f"write the flags after {ctx.invoked_subcommand}, and start it without torchrun")
         return
     if resume and overwrite:
         refuse("resume", "it continues a run and --overwrite replaces it: choose one")
@@ -1038,8 +1038,8 @@ def train_run(flags, config, folder, device):
         shared = [checkpoint]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
         checkpoint = shared[0]
-    data, my_turn = None, 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
-    for turn in range(3):                                            # one process downloads, then one on each machine
+    my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2         # one process downloads, then one on each machine
+    for turn in range(3):
         if turn == my_turn:
             data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
                     for split in ("train", "test")}
@@ -1067,7 +1067,7 @@ def train_run(flags, config, folder, device):
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
-    if checkpoint and RANK == 0:                                     # the last save may have been killed before it
+    if checkpoint and RANK == 0:                                     # a kill may have left it older than last.pt
         save_record(folder, checkpoint["config"], checkpoint["log"])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
@@ -1121,7 +1121,7 @@ def sweep(
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> configuration, command line
-    for seed, method in itertools.product(range(seeds), methods.split(",")):  # a stopped sweep has whole seeds
+    for seed, method in itertools.product(range(seeds), methods.split(",")):  # so that a stopped sweep has whole seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = parse(arguments).params
         config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
@@ -1192,7 +1192,7 @@ class Run(NamedTuple):
     parameters: int                  # their number
 
 
-NOT_A_RUN = OSError, ValueError, LookupError, TypeError, AttributeError  # what read_run may raise for any other folder
+NOT_A_RUN = OSError, ValueError, LookupError, TypeError, AttributeError  # what read_run raises for any other folder
 
 
 def read_run(folder):
@@ -1226,7 +1226,7 @@ def setting(config):
     usual = dataclasses.asdict(recipe) | dict(
         batch_size=dataset.recipe.batch_size, image_size=dataset.image_size, num_classes=dataset.num_classes or 1000,
         fraction=1.0, init=None, freeze=False)
-    if config.get("init"):                                           # runs of which each has its own: one setting
+    if config.get("init"):                                           # runs that start from their own twins: one setting
         start, end = f"{method_label(config)}-", f"-seed{config['seed']}"
         config = config | dict(init="-".join(
             f"METHOD-{part[len(start):-len(end)]}-seedN" if part.startswith(start) and part.endswith(end) else part
@@ -1341,7 +1341,7 @@ def contrasts(methods):
     def is_clear(name):
         return p[name] <= alpha[name]
 
-    conclusive = {*filter(is_clear, values.keys() & {CONFLICT}), *itertools.takewhile(is_clear, claims)}  # Holm stops
+    conclusive = {*filter(is_clear, values.keys() & {CONFLICT}), *itertools.takewhile(is_clear, claims)}  # Holm's rule
     own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
     rows = []
     for name, points in values.items():
