@@ -626,23 +626,22 @@ def difference(mine, image):
 
 
 def enhanced(kind):
-    return lambda image, m, s, how: kind(image).enhance(max(0.1, 1 + s * 0.09 * m))
+    return lambda image, m, how: kind(image).enhance(max(0.1, 1 + 0.09 * m))
 
 
 def transformed(matrix):
-    return lambda image, m, s, how: image.transform(
-        image.size, Image.Transform.AFFINE, matrix(m * s), how, fillcolor=FILL)
+    return lambda image, m, how: image.transform(image.size, Image.Transform.AFFINE, matrix(m), how, fillcolor=FILL)
 
 
-PILLOW = {  # timm's rand-m9-mstd0.5-inc1, image by image
-    "AutoContrast": lambda image, m, s, how: ImageOps.autocontrast(image),
-    "Equalize": lambda image, m, s, how: ImageOps.equalize(image),
-    "Invert": lambda image, m, s, how: ImageOps.invert(image),
-    "Rotate": lambda image, m, s, how: image.rotate(30 * m / 10 * s, how, fillcolor=FILL),
-    "Posterize": lambda image, m, s, how: image.point([v & -(1 << (4 + int(0.4 * m))) & 255 for v in range(256)] * 3),
-    "Solarize": lambda image, m, s, how: ImageOps.solarize(image, 256 - int(25.6 * m)),
-    "SolarizeAdd": lambda image, m, s, how: image.point(
-        [min(255, v + int(11 * m)) if v < 128 else v for v in range(256)] * 3),
+PILLOW = {  # timm's rand-m9-mstd0.5-inc1, image by image; m: signed magnitude
+    "AutoContrast": lambda image, m, how: ImageOps.autocontrast(image),
+    "Equalize": lambda image, m, how: ImageOps.equalize(image),
+    "Invert": lambda image, m, how: ImageOps.invert(image),
+    "Rotate": lambda image, m, how: image.rotate(30 * m / 10, how, fillcolor=FILL),
+    "Posterize": lambda image, m, how: image.point([v & -(1 << (4 + int(0.4 * abs(m)))) & 255 for v in range(256)] * 3),
+    "Solarize": lambda image, m, how: ImageOps.solarize(image, 256 - int(25.6 * abs(m))),
+    "SolarizeAdd": lambda image, m, how: image.point(
+        [min(255, v + int(11 * abs(m))) if v < 128 else v for v in range(256)] * 3),
     "Color": enhanced(ImageEnhance.Color),
     "Contrast": enhanced(ImageEnhance.Contrast),
     "Brightness": enhanced(ImageEnhance.Brightness),
@@ -662,19 +661,19 @@ def test_an_operation_is_pillows(name):
     m = 10 * torch.rand(len(x), generator=generator)
     m[::2] = (9 + 0.5 * torch.randn(len(m[::2]), generator=generator)).clamp(0, 10)
     m[:3] = torch.tensor([0.0, 10.0, 5.0])
-    s = torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
+    m *= torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
     warp = partial(train.warp, fill=torch.tensor(FILL, dtype=torch.float))
     before = x.clone()
-    mine = train.OPERATIONS[name](x, m, s, partial(warp, bicubic=torch.arange(len(x)) >= bilinear))
+    mine = train.OPERATIONS[name](x, m, partial(warp, bicubic=torch.arange(len(x)) >= bilinear))
     assert torch.equal(x, before) and mine.dtype == torch.uint8 and mine.shape == x.shape
     geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
     differences = []
     for i in range(len(x)):
         how = Image.Resampling.BILINEAR if i < bilinear else Image.Resampling.BICUBIC
-        differences.append(difference(mine[i], PILLOW[name](pil(x[i]), m[i].item(), s[i].item(), how)))
+        differences.append(difference(mine[i], PILLOW[name](pil(x[i]), m[i].item(), how)))
         assert differences[i].max() <= 1 or (geometric and i >= bilinear), i
     assert torch.stack(differences).mean() < 1.2
-    alone = train.OPERATIONS[name](x[7:8], m[7:8], s[7:8], partial(warp, bicubic=torch.tensor([False])))
+    alone = train.OPERATIONS[name](x[7:8], m[7:8], partial(warp, bicubic=torch.tensor([False])))
     assert torch.equal(alone[0], mine[7])                                       # whatever shares the batch
 
 
@@ -715,10 +714,10 @@ def test_what_is_drawn_for_images():
         assert len(counts) == 15 and (counts - 1 / 15).abs().max() < 0.01
     pairs = draws["operation"] + 1
     assert (pairs[:, 0] * 16 + pairs[:, 1]).unique().numel() == 256              # with replacement, each by itself
-    unclipped = draws["magnitude"][draws["magnitude"] < 10]
-    assert draws["magnitude"].mean() == pytest.approx(9, abs=0.02) and unclipped.std() == pytest.approx(0.49, abs=0.02)
-    assert draws["magnitude"].max() == 10 and draws["sign"].unique().tolist() == [-1, 1]
-    assert draws["sign"].mean(0).tolist() == pytest.approx([0, 0], abs=0.02)
+    strength, sign = draws["magnitude"].abs(), draws["magnitude"].sign()
+    assert strength.mean() == pytest.approx(9, abs=0.02) and strength.max() == 10
+    assert strength[strength < 10].std() == pytest.approx(0.49, abs=0.02)
+    assert sign.unique().tolist() == [-1, 1] and sign.mean(0).tolist() == pytest.approx([0, 0], abs=0.02)
     erased = draws["erase"][draws["erase"][:, 2] > 0]
     assert len(erased) / 40_000 == pytest.approx(0.25, abs=0.01)
     area, ratio = erased[:, 2] * erased[:, 3] / 1024, (erased[:, 2] / erased[:, 3]).log()
@@ -760,8 +759,7 @@ def test_augment_crops_flips_and_applies_one_operation_after_the_other():
         for layer, number in enumerate(draws["operation"][i].tolist()):
             if number >= 0:
                 how = partial(train.warp, bicubic=draws["bicubic"][i, layer:layer + 1], fill=fill)
-                m, s = (draws[key][i, layer:layer + 1] for key in ("magnitude", "sign"))
-                image = train.OPERATIONS[names[number]](image, m, s, how)
+                image = train.OPERATIONS[names[number]](image, draws["magnitude"][i, layer:layer + 1], how)
         assert torch.equal(mine[i], image[0]), i
     same = train.augment(x[:1].repeat(40, 1, 1, 1), draws, CIFAR, fill)
     assert len({image.numpy().tobytes() for image in same}) > 35                # one image, forty others
@@ -770,7 +768,7 @@ def test_augment_crops_flips_and_applies_one_operation_after_the_other():
 def test_empty_places_get_the_mean_colour():
     recipe = dataclasses.replace(CIFAR, crop_scale=1.0, flip=0.0, ra_ops=1, erase=0.0)
     draws = train.draw_augmentation(4, 32, recipe)
-    draws["operation"][:], draws["sign"][:] = [*train.OPERATIONS].index("TranslateX"), 1
+    draws["operation"][:], draws["magnitude"][:] = [*train.OPERATIONS].index("TranslateX"), 9
     x = torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8)
     y, _ = train.prepare(x, torch.zeros(1, 4).long(), draws, None, recipe, "cifar100", 9, 0)
     assert y[..., -10:].abs().max() < 0.01 and y[..., :10].max() < -1           # 0 is the mean

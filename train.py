@@ -11,7 +11,6 @@ From top to bottom: recipes, data, augmentation, batches, training, checkpoints,
 report. The data set `numbers` is built in: nothing to download, and it trains in two minutes on a CPU.
 """
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -23,8 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal, NamedTuple
@@ -48,19 +46,15 @@ from tqdm import tqdm
 
 from mpvg import METHODS, MODELS, ViT, create, fold, load_weights, read_checkpoint, state_dict_of
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
-# torchrun sets these: the process's number, its number on its machine, and the number of processes.
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+# torchrun sets these.
+RANK = int(os.environ.get("RANK", 0))              # number of this process
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on its machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Every number of a training recipe. `--recipe mixup=0,erase=0.1` replaces any of them."""
     epochs: int                      # passes over the training images, warm-up and cool-down included
@@ -87,8 +81,7 @@ class Recipe:
 
     def __post_init__(self):
         least = dict(epochs=1, batch_size=1, repeats=1, crop_scale=0.01)
-        greatest = dict(label_smoothing=1, crop_scale=1, bicubic=1, flip=1, erase=1, ra_ops=15,
-                        ra_magnitude=10)
+        greatest = dict(label_smoothing=1, crop_scale=1, bicubic=1, flip=1, erase=1, ra_ops=15, ra_magnitude=10)
         for field in dataclasses.fields(self):
             value, low, high = getattr(self, field.name), least.get(field.name, 0), greatest.get(field.name, 1e6)
             kinds = (int, float) if field.type is float else (field.type,)
@@ -136,7 +129,7 @@ def numbers(count, seed):
     for number in range(100):
         mask = Image.new("L", (32, 32))
         ImageDraw.Draw(mask).text((16, 16), f"{number:02d}", fill=255, font=font, anchor="mm")
-        masks[number, 0] = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).view(32, 32) / 255
+        masks[number] = v2.pil_to_tensor(mask) / 255
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -166,7 +159,7 @@ def load_cifar100(root, train):
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class DataSpec:
     load: Callable | None            # (folder, train) -> uint8 images (N, 3, S, S), labels (N,); None: image files
     recipe: Recipe
@@ -212,38 +205,40 @@ class ArrayData:
         return len(self.labels)
 
     def chunks(self, order, seeds, columns):
-        """Yields (first step, images (S, B, 3, H, W), labels (S, B)) for S steps at a time, which share the overhead of
-        augmentation. order: indices, (steps, batch size); columns: this process's part of each batch, a slice.
+        """Yields (seed, images (S, B, 3, H, W), labels (S, B)) for S steps at a time, which share one augmentation.
+
+        order: indices, (steps, batch size); seeds: one per step; columns: this process's part of each batch, a slice.
         """
         steps = max(1, 2**23 // (order.shape[1] * self.images.shape[2] * self.images.shape[3]))  # about 8 M pixels
         for first in range(0, len(order), steps):
             rows = to_device(order[first:first + steps, columns], self.images.device)
-            yield first, self.images[rows], self.labels[rows]
+            yield seeds[first], self.images[rows], self.labels[rows]
 
     def test_batches(self, start=0, stride=1, batch_size=500):
         """Yields every `stride`-th image from `start` on: images (B, 3, H, W), labels (B,)."""
-        yield from zip(*(tensor[start::stride].split(batch_size) for tensor in (self.images, self.labels)))
+        images, labels = self.images[start::stride], self.labels[start::stride]
+        yield from zip(images.split(batch_size), labels.split(batch_size))
 
 
-@functools.lru_cache(2)  # with repeated augmentation two images alternate
+@lru_cache(2)  # with repeated augmentation two images alternate
 def decode(path):
     return v2.pil_to_tensor(Image.open(path).convert("RGB"))         # uint8 (3, height, width)
 
 
-@functools.cache  # once for each file, in each worker process of an epoch
+@cache  # once for each file, in each worker process of an epoch
 def warn(path, reason):
     tqdm.write(f"warning: {path} cannot be decoded and is skipped ({reason})", sys.stderr)
 
 
 class FolderData(Dataset):
-    """Image files, (path, label) each, that worker processes decode and crop. failures: files not decoded so far.
+    """Image files, (path, label) each, that worker processes decode and crop. failures: not decoded in the last pass.
 
     crop_scale: least area of a random resized crop; None for testing: the short side is resized to size / crop_ratio
     and the centre cropped. A crop depends on its seed only, not on the process that makes it.
     """
 
-    def __init__(self, samples, size, device, workers, crop_scale=None, bicubic=1.0, crop_ratio=0.875):
-        self.samples, self.size, self.device, self.workers, self.failures = samples, size, device, workers, 0
+    def __init__(self, samples, size, device, workers, crop_scale, bicubic, crop_ratio):
+        self.samples, self.size, self.device, self.workers = samples, size, device, workers
         self.crop_scale, self.bicubic, self.crop_ratio = crop_scale, bicubic, crop_ratio
 
     def __len__(self):
@@ -256,17 +251,16 @@ class FolderData(Dataset):
         evaluate() ignores.
         """
         index, seed = index_and_seed
-        testing = self.crop_scale is None
-        for failures in range(1 if testing else 20):
+        for failures in range(20):
             path, label = self.samples[(index + failures) % len(self.samples)]
             try:
                 image = decode(path)
             except Exception as error:                               # a damaged file can fail in any way
                 warn(path, str(error) or type(error).__name__)
+                if self.crop_scale is None:
+                    return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
             else:
                 return self.crop(image, seed), label, failures
-        if testing:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
         raise OSError(f"{path} and the 19 files before it cannot be decoded: is the disk mounted?")
 
     def crop(self, image, seed):
@@ -284,16 +278,17 @@ class FolderData(Dataset):
         """Yields uint8 images (B, 3, size, size) and labels (B,) for each list of (index, seed) in the plan."""
         loader = DataLoader(self, batch_sampler=plan, num_workers=self.workers, pin_memory=self.device.type == "cuda",
                             generator=torch.Generator())             # the global one is dropout's
+        self.failures = 0
         for images, labels, failures in loader:
             self.failures += int(failures.sum())
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def chunks(self, order, seeds, columns):
         """See ArrayData.chunks. A chunk is one step."""
-        plan = [[(index, seed + 1 + columns.start + place) for place, index in enumerate(row[columns].tolist())]
+        plan = [[(index, seed + place) for place, index in enumerate(row[columns].tolist(), columns.start + 1)]
                 for row, seed in zip(order, seeds)]
-        for step, (images, labels) in enumerate(self.load(plan)):
-            yield step, images[None], labels[None]
+        for (images, labels), seed in zip(self.load(plan), seeds):
+            yield seed, images[None], labels[None]
 
     def test_batches(self, start=0, stride=1, batch_size=125):
         """See ArrayData.test_batches."""
@@ -301,8 +296,8 @@ class FolderData(Dataset):
         yield from self.load([share[i:i + batch_size] for i in range(0, len(share), batch_size)])
 
 
-def class_names(root):
-    """-> the classes of a folder of image files, which are those of its train/ and its val/."""
+def count_classes(root):
+    """-> the number of classes of a folder of image files, the same in its train/ and its val/."""
     try:
         train, val = (find_classes(root / split)[0] for split in ("train", "val"))
     except OSError:
@@ -310,7 +305,7 @@ def class_names(root):
     if train != val or len(train) < 2:
         raise SystemExit(f"error: train/ and val/ of {root} need the same classes, two or more; they have {len(train)} "
                          f"and {len(val)} and differ in {sorted({*train} ^ {*val})[:3]}")
-    return train
+    return len(train)
 
 
 def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
@@ -329,12 +324,12 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
         by_class = [order[labels[order] == label] for label in labels.unique()]
         rows = torch.cat([members[:max(1, round(config["fraction"] * len(members)))] for members in by_class])
-    device = device if device.type == "cuda" else torch.device("cpu")  # where images are augmented
-    if dataset.load:
-        return ArrayData(images[rows], labels[rows], device)
     if workers is None:                                              # none on a CPU, which is busy training
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if device.type == "cpu" else min(cores, 16)
+    device = device if device.type == "cuda" else torch.device("cpu")  # where images are augmented
+    if dataset.load:
+        return ArrayData(images[rows], labels[rows], device)
     return FolderData([samples[row] for row in rows.tolist()], config["image_size"], device, workers,
                       config["crop_scale"] if train else None, config["bicubic"], crop_ratio)
 
@@ -358,9 +353,9 @@ def sample(x, grid, bicubic):
 
 def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     """The output at (u, v), from -1 to 1, is the input at (a u + b v + c, d u + e v + f), or `fill` (3,) outside."""
-    matrix = torch.stack([t if torch.is_tensor(t) else torch.full((len(x),), t, device=x.device)
-                          for t in (a, b, c, d, e, f)], dim=1)
-    grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
+    zeros = torch.zeros(len(x), device=x.device)                     # one matrix for each image
+    matrix = torch.stack([zeros + t for t in (a, b, c, d, e, f)], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
     return torch.where(inside, sample(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
 
@@ -377,9 +372,9 @@ def resized_crop(x, box, bicubic):
     return sample(x, grid, bicubic).round().to(torch.uint8)
 
 
-def blend(base, x, m, s):
-    """base + (1 +- 0.09 m)(x - base): a smaller or a greater difference from `base`."""
-    factor, base = (1 + 0.09 * m * s).clamp(min=0.1).view(-1, 1, 1, 1), base.float()
+def blend(base, x, m):
+    """base + (1 + 0.09 m)(x - base): a smaller or a greater difference from `base`."""
+    factor, base = (1 + 0.09 * m).clamp(min=0.1).view(-1, 1, 1, 1), base.float()
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
 
 
@@ -390,26 +385,25 @@ def smooth(x):
     return y
 
 
-# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x, magnitude m from 0 to 10, sign s (B,);
-# affine: warp() with its interpolation and colour given.
+# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x; m, from -10 to 10 (B,), is the magnitude with a random
+# sign, which only some operations heed; affine: warp() with its interpolation and colour given.
 OPERATIONS = {
-    "AutoContrast": lambda x, m, s, affine: v2.autocontrast(x),
-    "Equalize": lambda x, m, s, affine: v2.equalize(x),
-    "Invert": lambda x, m, s, affine: 255 - x,
-    "Rotate": lambda x, m, s, affine: affine(x, a=(t := (3 * m * s).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
-    "Posterize": lambda x, m, s, affine: x & (-1 << (4 + (0.4 * m).int())).view(-1, 1, 1, 1).to(torch.uint8),
-    "Solarize": lambda x, m, s, affine: torch.where(x < 256 - (25.6 * m).int().view(-1, 1, 1, 1), x, 255 - x),
-    "SolarizeAdd": lambda x, m, s, affine: torch.where(
-        x < 128, x + (11 * m).int().view(-1, 1, 1, 1), x).clamp(max=255).to(torch.uint8),
-    "Color": lambda x, m, s, affine: blend(v2.rgb_to_grayscale(x), x, m, s),
-    "Contrast": lambda x, m, s, affine: blend(
-        v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m, s),
-    "Brightness": lambda x, m, s, affine: blend(torch.zeros_like(x), x, m, s),
-    "Sharpness": lambda x, m, s, affine: blend(smooth(x), x, m, s),
-    "ShearX": lambda x, m, s, affine: affine(x, b=0.03 * m * s, c=0.03 * m * s),
-    "ShearY": lambda x, m, s, affine: affine(x, d=0.03 * m * s, f=0.03 * m * s),
-    "TranslateX": lambda x, m, s, affine: affine(x, c=0.09 * m * s),
-    "TranslateY": lambda x, m, s, affine: affine(x, f=0.09 * m * s),
+    "AutoContrast": lambda x, m, affine: v2.autocontrast(x),
+    "Equalize": lambda x, m, affine: v2.equalize(x),
+    "Invert": lambda x, m, affine: 255 - x,
+    "Rotate": lambda x, m, affine: affine(x, a=(t := (3 * m).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
+    "Posterize": lambda x, m, affine: x & (-1 << (4 + (0.4 * m.abs()).int())).view(-1, 1, 1, 1).to(torch.uint8),
+    "Solarize": lambda x, m, affine: torch.where(x < 256 - (25.6 * m.abs()).int().view(-1, 1, 1, 1), x, 255 - x),
+    "SolarizeAdd": lambda x, m, affine: torch.where(
+        x < 128, x + (11 * m.abs()).int().view(-1, 1, 1, 1), x).clamp(max=255).to(torch.uint8),
+    "Color": lambda x, m, affine: blend(v2.rgb_to_grayscale(x), x, m),
+    "Contrast": lambda x, m, affine: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m),
+    "Brightness": lambda x, m, affine: blend(torch.zeros_like(x), x, m),
+    "Sharpness": lambda x, m, affine: blend(smooth(x), x, m),
+    "ShearX": lambda x, m, affine: affine(x, b=0.03 * m, c=0.03 * m),
+    "ShearY": lambda x, m, affine: affine(x, d=0.03 * m, f=0.03 * m),
+    "TranslateX": lambda x, m, affine: affine(x, c=0.09 * m),
+    "TranslateY": lambda x, m, affine: affine(x, f=0.09 * m),
 }
 
 
@@ -438,13 +432,14 @@ def box_mask(box, side):
 def draw_augmentation(count, side, recipe):
     """-> what happens to each of `count` images, a dict of tensors on the CPU: the same for every device."""
     crop = draw_boxes(count, side, (recipe.crop_scale, 1.0), 4 / 3, whole=True)
-    crop[(crop[:, 2] == 0) | (recipe.crop_scale == 1)] = torch.tensor([0.0, 0.0, side, side])
+    crop[crop[:, 2] == 0] = torch.tensor([0.0, 0.0, side, side])
     shape, bicubic = (count, recipe.ra_ops), recipe.bicubic
     return dict(
         crop=crop, crop_bicubic=torch.rand(count) < bicubic, flip=torch.rand(count) < recipe.flip,
         operation=torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1),  # -1: not applied
-        magnitude=(recipe.ra_magnitude + 0.5 * torch.randn(shape)).clamp(0, 10),
-        sign=torch.where(torch.rand(shape) < 0.5, -1.0, 1.0), bicubic=torch.rand(shape) < bicubic,
+        magnitude=(recipe.ra_magnitude + 0.5 * torch.randn(shape)).clamp(0, 10)
+        * torch.where(torch.rand(shape) < 0.5, -1.0, 1.0),
+        bicubic=torch.rand(shape) < bicubic,
         erase=draw_boxes(count, side, (0.02, 1 / 3), 1 / 0.3, whole=False)
         * (torch.rand(count, 1) < recipe.erase))
 
@@ -465,14 +460,13 @@ def augment(x, draws, recipe, fill):
     """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
     if recipe.crop_scale < 1:
         x = resized_crop(x, to_device(draws["crop"], x.device), to_device(draws["crop_bicubic"], x.device))
-    if recipe.flip > 0:
-        x = torch.where(to_device(draws["flip"], x.device).view(-1, 1, 1, 1), x.flip(3), x)
-    for operation, *parameters in zip(*(draws[key].T for key in ("operation", "magnitude", "sign", "bicubic"))):
-        m, s, bicubic = (to_device(t, x.device) for t in parameters)
+    x = torch.where(to_device(draws["flip"], x.device).view(-1, 1, 1, 1), x.flip(3), x)
+    for turn, operation in enumerate(draws["operation"].T):          # (B,): each image's operation, by number
+        m, bicubic = (to_device(draws[name][:, turn], x.device) for name in ("magnitude", "bicubic"))
         for number, apply in enumerate(OPERATIONS.values()):         # each operation once, on all of its images
             rows = to_device((operation == number).nonzero()[:, 0], x.device)
             if len(rows):
-                x[rows] = apply(x[rows], m[rows], s[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
+                x[rows] = apply(x[rows], m[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
     return x
 
 
@@ -485,10 +479,9 @@ def normalise(x, dataset_name):
 
 def erase_boxes(x, box, seed):
     """Random erasing: normal noise in the boxes (B, 4) of normalised images (B, 3, H, W)."""
-    rows = (box[:, 2] > 0).nonzero()[:, 0]
-    inside = box_mask(to_device(box[rows], x.device), x.shape[3])[:, None]
+    rows = to_device((box[:, 2] > 0).nonzero()[:, 0], x.device)
+    inside = box_mask(to_device(box, x.device)[rows], x.shape[3])[:, None]
     noise = torch.randn(len(rows), *x.shape[1:], device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
-    rows = to_device(rows, x.device)
     x[rows] = torch.where(inside, noise, x[rows])
     return x
 
@@ -547,13 +540,13 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
     columns = slice(rank * size // world_size, (rank + 1) * size // world_size)
     if isinstance(data, FolderData):
         recipe = dataclasses.replace(recipe, crop_scale=1.0)         # its workers have cropped
-    for first, images, labels in data.chunks(order, seeds, columns):
+    for seed, images, labels in data.chunks(order, seeds, columns):
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seeds[first])
+            torch.default_generator.manual_seed(seed)                # torch.manual_seed would seed GPUs as well
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seeds[first] + 2**62 + rank                     # seeds are under 2**62
+        noise_seed = seed + 2**62 + rank                             # seeds are under 2**62
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -650,7 +643,7 @@ def train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device):
 
 @torch.no_grad()
 def evaluate(model, test_data, config, device):
-    """-> accuracy in percent and mean cross entropy over the test images of all processes."""
+    """-> accuracy in percent and mean cross entropy over the test images of all processes; then model.train()."""
     hits, losses, count, size = 0.0, 0.0, 0, None
     model.eval()
     for images, labels in test_data.test_batches(RANK, WORLD_SIZE):
@@ -662,6 +655,7 @@ def evaluate(model, test_data, config, device):
         hits = hits + (logits.argmax(1) == labels).sum()
         losses = losses + F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
         count = count + (labels >= 0).sum()
+    model.train()
     hits, losses, count = sum_over_processes(hits, losses, count)
     if count == 0:
         raise SystemExit("error: no test image can be decoded")
@@ -671,7 +665,7 @@ def evaluate(model, test_data, config, device):
     return dict(test_accuracy=100 * hits / count, test_loss=losses / count)
 
 
-def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=None):
+def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
     """Trains, tests and saves epoch by epoch. checkpoint: to resume from. -> the log, a dict per epoch."""
     compiled = model if config["compile"] == "off" else torch.compile(model, fullgraph=True, dynamic=False)
     net = DistributedDataParallel(compiled) if WORLD_SIZE > 1 else compiled
@@ -684,39 +678,34 @@ def fit(config, recipe, model, data, folder, device, accumulate=1, checkpoint=No
         images = torch.zeros(recipe.batch_size // WORLD_SIZE, *model.image_shape)
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
-        evaluate(compiled, data["test"], config, device)
-        model.train()
         compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s")
-    log = []
+    log = checkpoint["log"] if checkpoint else []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        log = checkpoint["log"]
-    for group in optimizer.param_groups:                             # a CUDA graph reads the lr on the device
-        group["lr"] = torch.zeros((), device=device) if graphs else 0.0
     if graphs:
+        for group in optimizer.param_groups:                         # the graph reads the lr there
+            group["lr"] = torch.zeros((), device=device)
         train_step = capture(train_step, example)
 
     print_main("\nepoch     loss   test %         lr   images/s   epoch s   elapsed s")
-    steps, start = len(data["train"]) // recipe.batch_size, time.perf_counter() - (log[-1]["seconds"] if log else 0)
+    steps = len(data["train"]) // recipe.batch_size
+    start = time.perf_counter() - (log[-1]["seconds"] if log else 0)  # a resumed run's clock goes on
     for epoch in range(len(log), recipe.epochs):
         torch.manual_seed((config["seed"] * 100_003 + epoch) * 1009 + RANK)      # of dropout, also on a GPU
-        epoch_start, failures = time.perf_counter(), sum(part.failures for part in data.values())
+        epoch_start = time.perf_counter()
         bar = tqdm(train_batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE), total=steps, leave=False,
                    desc=f"epoch {epoch + 1} of {recipe.epochs}", unit=" images", unit_scale=recipe.batch_size,
                    disable=True if RANK else None)                   # None: silent without a terminal
-        model.train()
         loss = train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device)
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
         result = evaluate(compiled, data["test"], config, device)
-        failures = sum(part.failures for part in data.values()) - failures
-        loss, failures = sum_over_processes(loss / WORLD_SIZE, failures)
+        loss, failures = sum_over_processes(loss / WORLD_SIZE, sum(part.failures for part in data.values()))
         log.append(dict(
             epoch=epoch + 1, loss=loss, **result, lr=float(optimizer.param_groups[0]["lr"]), processes=WORLD_SIZE,
             images_per_second=speed, unreadable=int(failures), seconds=time.perf_counter() - start))
         if RANK == 0:
             save_checkpoint(folder, model, optimizer, config, log)
-        barrier()                                                    # the others wait until it is saved
         print_main("{epoch:>5} {loss:>8.4f} {test_accuracy:>8.2f} {lr:>10.2e} {images_per_second:>10,.0f} {took:>9.0f} "
                    "{seconds:>11.0f}".format(**log[-1], took=time.perf_counter() - epoch_start))
     return log
@@ -728,9 +717,6 @@ def sum_over_processes(*numbers):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)                                        # on the CPU, through gloo
     return sums.tolist()
-
-
-barrier = partial(sum_over_processes, 0)
 
 
 def print_main(text):
@@ -798,8 +784,10 @@ def open_run(folder, resume, overwrite):
     folder.mkdir(parents=True, exist_ok=True)
     lock, checkpoint = open(folder / ".lock", "w"), None
     try:
-        if fcntl:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:                                              # Windows has no such locks
+        pass
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"error: another process is training in {folder}: wait, or choose another --name") from None
     if resume and (folder / "last.pt").exists():
@@ -913,7 +901,7 @@ def configure(flags):
     config = dict(
         data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
         **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
-        num_classes=dataset.num_classes or len(class_names(flags["data_dir"])), fraction=flags["fraction"],
+        num_classes=dataset.num_classes or count_classes(flags["data_dir"]), fraction=flags["fraction"],
         init=str(flags["init"]) if flags["init"] else None, freeze=flags["freeze"],
         precision=flags["precision"] or (
             "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"),
@@ -1043,7 +1031,7 @@ def train_run(flags, config, folder, device):
         if turn == my_turn:
             data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
                     for split in ("train", "test")}
-        barrier()
+        sum_over_processes(0)                                        # the others wait
     config["images"] = len(data["train"])
     changed = [f"{key} was {checkpoint['config'].get(key)}, is {value}" for key, value in config.items()
                if checkpoint and checkpoint["config"].get(key) != value]
