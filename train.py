@@ -24,12 +24,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 from typing import Literal, NamedTuple
 
 # OpenMP's threads busy-wait for each other, which is slow where other work shares the cores: shorten the wait.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # read when torch is first imported
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -93,8 +94,6 @@ class Recipe:
             raise ValueError("mixup and cutmix are 0 or at least 0.01")
         if self.lr_per not in ("epoch", "step"):
             raise ValueError(f"lr_per={self.lr_per} is neither epoch nor step")
-        if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs and cooldown_epochs leave none of the {self.epochs} epochs to train")
 
     @property
     def mixes(self):
@@ -108,7 +107,7 @@ def parse_assignments(text, separator, names):
         name, _, word = item.strip().partition("=")
         if name not in names:
             raise ValueError(f"{item!r} is not NAME=VALUE with a name of {', '.join(names)}")
-        word = {"True": "true", "False": "false", "None": "null", "none": "null"}.get(word, word)
+        word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
         try:
             values[name] = json.loads(word)
         except ValueError:
@@ -764,7 +763,6 @@ def load_checkpoint(path, **sizes):
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
-        setting(checkpoint["config"])                                # fails where a value is missing
         model = load_weights(build_model(checkpoint["config"], **sizes), checkpoint["model"])
         if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
             raise ValueError("it holds no finished epoch")
@@ -792,6 +790,7 @@ def open_run(folder, resume, overwrite):
         raise SystemExit(f"error: another process is training in {folder}: wait, or choose another --name") from None
     if resume and (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder)[1]
+        save_record(folder, checkpoint["config"], checkpoint["log"])  # a kill may have left it older than last.pt
     elif resume and (folder / "log.jsonl").exists():
         raise SystemExit(f"error: {folder} has a log but no last.pt to resume from: --overwrite replaces it")
     elif any(folder.glob("[!.]*")) and not (resume or overwrite):
@@ -827,7 +826,7 @@ def refuse(name, message):
 
 
 def choose_device(name):
-    """-> torch.device of --device. Does not use a GPU: a sweep would hold its memory while its runs train."""
+    """-> torch.device of --device; allows TF32 on CUDA. Does not use a GPU: a sweep would hold its memory."""
     accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
@@ -857,21 +856,22 @@ def choose_method(flags):
         overrides = parse_assignments(options, ":", sorted(names))
     except ValueError as error:
         refuse("method", str(error))
-    if overrides.get("pe", "") is None:                              # parse_assignments reads "none" as None
-        overrides["pe"] = "none"
     return method, overrides
 
 
 def recipe_for(data, **changes):
     """-> the data set's Recipe with these changes, and with what follows from epochs and batch_size."""
-    recipe, follow = DATASETS[data].recipe, {}
-    epochs, batch_size = changes.get("epochs", recipe.epochs), changes.get("batch_size", recipe.batch_size)
-    if epochs < 10 * recipe.warmup_epochs:                           # a short run warms up by the step
-        follow = dict(warmup_epochs=epochs / 10, cooldown_epochs=min(recipe.cooldown_epochs, epochs // 10),
+    usual, follow = DATASETS[data].recipe, {}
+    recipe = dataclasses.replace(usual, **changes)                   # checks each value
+    if recipe.epochs < 10 * usual.warmup_epochs:                     # a short run warms up by the step
+        follow = dict(warmup_epochs=recipe.epochs / 10, cooldown_epochs=min(usual.cooldown_epochs, recipe.epochs // 10),
                       lr_per="step")
     if data == "imagenet":                                           # DeiT: 5e-4 for every 512 images of a batch
-        follow["lr"] = recipe.lr * batch_size / recipe.batch_size
-    return dataclasses.replace(recipe, **follow | changes)
+        follow["lr"] = usual.lr * recipe.batch_size / usual.batch_size
+    recipe = dataclasses.replace(recipe, **follow | changes)
+    if recipe.warmup_epochs + recipe.cooldown_epochs >= recipe.epochs:
+        raise ValueError(f"warmup_epochs and cooldown_epochs leave none of the {recipe.epochs} epochs to train")
+    return recipe
 
 
 def configure(flags):
@@ -885,8 +885,6 @@ def configure(flags):
         changes = parse_assignments(flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
         changes |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
         recipe = recipe_for(data, **changes)
-    except TypeError:
-        refuse("recipe", "epochs and batch_size are whole numbers")
     except ValueError as error:
         refuse("recipe", str(error))
     if recipe.batch_size % (WORLD_SIZE * (1 + recipe.mixes)) or recipe.batch_size // WORLD_SIZE % flags["accumulate"]:
@@ -916,7 +914,7 @@ def configure(flags):
 
 def build_model(config, **sizes):
     """-> the configuration's model; with `freeze` only its head learns. Raises ValueError."""
-    sizes = {name: config[name] for name in ("image_size", "num_classes") if name in config} | sizes
+    sizes = dict(image_size=config["image_size"], num_classes=config["num_classes"]) | sizes
     model = create(config["model"], config["method"], **config["overrides"] | sizes)
     model.requires_grad_(not config["freeze"]).head.requires_grad_(True)
     return model
@@ -937,11 +935,8 @@ def run_folder(flags, config):
 
 def environment(device):
     """-> where a run takes place, plain values; they may differ after --resume."""
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True).stdout.strip()
-    except OSError:                                                  # no git here
-        git = None
+    git = subprocess.run("git describe --always --dirty --abbrev=12", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()  # "" without git, or outside a repository
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return dict(device=str(device), device_name=name, threads=torch.get_num_threads(), processes=WORLD_SIZE, git=git,
                 torch=str(torch.__version__), torchvision=torchvision.__version__, python=platform.python_version(),
@@ -994,7 +989,7 @@ def train_command(
       python train.py --pe layerwise --pool gap --mpvg
       python train.py --data cifar100 --method lape --epochs 20 --recipe mixup=0
     """
-    flags = {key: value for key, value in locals().items() if key != "ctx"}
+    flags = ctx.params
     if ctx.invoked_subcommand:
         given = [key for key in ctx.params if ctx.get_parameter_source(key).name != "DEFAULT"]
         if given or WORLD_SIZE > 1:
@@ -1055,8 +1050,6 @@ def train_run(flags, config, folder, device):
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
-    if checkpoint and RANK == 0:                                     # a kill may have left it older than last.pt
-        save_record(folder, checkpoint["config"], checkpoint["log"])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
     print_main(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch (best: "
@@ -1079,8 +1072,8 @@ def initialise(model, path, config):
         load_weights(model, state, new_head=True, from_cls=from_cls)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
-    return ", ".join(["without its class token"] * from_cls + [f"new and 0: {', '.join(new)}"] * bool(new)
-                     + ["with a new head" if new_head else "with its head"])
+    return (("without its class token, " if from_cls else "") + (f"new and 0: {', '.join(new)}, " if new else "")
+            + ("with a new head" if new_head else "with its head"))
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
@@ -1100,18 +1093,15 @@ def sweep(
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
-
-    def parse(arguments):
-        return typer.main.get_command(trainer).make_context("train.py", [*arguments])  # which consumes its list
-
-    common = parse(ctx.args)
+    parser = typer.main.get_command(trainer)
+    common = parser.make_context("train.py", [*ctx.args])            # which consumes its list
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> configuration, command line
     for seed, method in itertools.product(range(seeds), methods.split(",")):  # so that a stopped sweep has whole seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
-        flags = parse(arguments).params
+        flags = parser.make_context("train.py", [*arguments]).params
         config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
         if not flags["precision"]:                                   # each run asks its GPU; the sweep must not use one
             del config["precision"]
@@ -1120,32 +1110,29 @@ def sweep(
 
     def train_one(folder):
         config, command = planned[folder]
-        try:
-            if config.items() <= read_run(folder).config.items():    # finished, with or without its weights
-                return 0
-        except NOT_A_RUN:
-            pass
+        run = read_run(folder)
+        if run and config.items() <= run.config.items():             # finished, with or without its weights
+            return run
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
-            return subprocess.run(command).returncode
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))         # the runs share the cores
-        with open(f"{folder}.txt", "a") as output:
-            code = subprocess.run(command, stdout=output, stderr=output,
-                                  env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
-        typer.echo(f"{'failed, see' if code else 'finished'} {folder}.txt")
-        return code
+            code = subprocess.run(command).returncode
+        else:
+            threads = str(max(1, (os.cpu_count() or 1) // jobs))     # the runs share the cores
+            with open(f"{folder}.txt", "a") as output:
+                code = subprocess.run(command, stdout=output, stderr=output,
+                                      env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
+            typer.echo(f"{'failed, see' if code else 'finished'} {folder}.txt")
+        return None if code else read_run(folder)
 
-    executor = ThreadPoolExecutor(jobs)
     try:
-        codes = list(executor.map(train_one, planned))
+        with ThreadPoolExecutor(jobs) as executor:
+            results = dict(zip(planned, executor.map(train_one, planned)))
     except KeyboardInterrupt:                                        # the runs receive it as well
-        executor.shutdown(cancel_futures=True)
         raise SystemExit("stopped: run the same command to continue") from None
-    failed = [folder.name for folder, code in zip(planned, codes) if code]
-    runs = finished_runs(folder for folder in planned if folder.name not in failed)
+    failed = [folder.name for folder, run in results.items() if run is None]
+    runs = [run for run in results.values() if run]
     if runs:
-        settings = by_setting(runs, [run.label for run in runs])
-        table = "".join(results_table(title, methods) for title, methods in settings.items())
+        table = "".join(results_table(title, methods) for title, methods in by_setting(runs).items())
         save(common.params["runs"] / "sweep.md", table.encode())
         typer.echo(f"\n{table}", nl=False)
     if failed:
@@ -1180,31 +1167,19 @@ class Run(NamedTuple):
     parameters: int                  # their number
 
 
-NOT_A_RUN = OSError, ValueError, LookupError, TypeError, AttributeError  # what read_run raises for any other folder
-
-
 def read_run(folder):
-    """-> Run. Raises NOT_A_RUN if the folder does not hold a finished one."""
-    config = json.loads((folder / "config.json").read_text())
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """-> Run, or None where the folder holds no finished one."""
     measured = folder / "mechanism.json"
-    mechanism = json.loads(measured.read_text()) if measured.exists() else {}
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
-    if log[-1]["epoch"] != config["epochs"]:
-        raise ValueError("not finished")
-    return Run(folder, method_label(config), setting(config), config, log, mechanism, parameters)
-
-
-def finished_runs(folders):
-    """-> a Run of each folder that holds a finished one; the others are named on stderr."""
-    runs = []
-    for folder in folders:
-        try:
-            runs.append(read_run(folder))
-        except NOT_A_RUN:
-            typer.echo(f"note: {folder} is left out: it holds no finished run", err=True)
-    return runs
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        mechanism = json.loads(measured.read_text()) if measured.exists() else {}
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+        run = Run(folder, method_label(config), setting(config), config, log, mechanism, parameters)
+        return run if log[-1]["epoch"] == config["epochs"] else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # any other folder
+        return None
 
 
 def setting(config):
@@ -1223,10 +1198,10 @@ def setting(config):
     return ", ".join(["{model}, {data}, {epochs} epochs, {precision}".format(**config), *differs])
 
 
-def by_setting(runs, order=tuple(METHODS)):
-    """-> {setting: {label: {seed: run}}}, labels in the given order, then any others by name."""
+def by_setting(runs):
+    """-> {setting: {label: {seed: run}}}, all in the order of the runs."""
     settings = {}
-    for run in sorted(runs, key=lambda run: ([*order, run.label].index(run.label), run.label, run.config["seed"])):
+    for run in runs:
         seeds = settings.setdefault(run.setting, {}).setdefault(run.label, {})
         other = seeds.setdefault(run.config["seed"], run)
         if other is not run:
@@ -1288,7 +1263,8 @@ from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % f
 
 def results_table(title, methods, base=None):
     """-> text: one row per method of a setting, {label: {seed: run}}; the paper's figures beside it."""
-    rows, reference, paper = [], base or next(iter(methods)), PAPER.get(title.rpartition(", ")[0], {})
+    rows, reference = [], base or next(iter(methods))
+    paper = PAPER.get(title.rpartition(", ")[0], {})                 # whose settings are without precision
     for name, seeds in methods.items():
         logs = [run.log for run in seeds.values()]
         pairs = [run.log[-1]["test_accuracy"] - methods[reference][seed].log[-1]["test_accuracy"]
@@ -1324,12 +1300,8 @@ def contrasts(methods):
     values = {name: points for name, points in values.items() if len(points) > 2}
     p = {name: t_test(points)[1] for name, points in values.items()}
     claims = sorted((name for name in CLAIMS if name in values), key=p.get)
-    alpha = dict.fromkeys(values, 0.05) | {name: 0.05 / (len(CLAIMS) - rank) for rank, name in enumerate(claims)}
-
-    def is_clear(name):
-        return p[name] <= alpha[name]
-
-    conclusive = {*filter(is_clear, values.keys() & {CONFLICT}), *itertools.takewhile(is_clear, claims)}  # Holm's rule
+    tests = dict.fromkeys(values, 1) | {name: len(CLAIMS) - rank for rank, name in enumerate(claims)}  # that share 5 %
+    adjusted = p | dict(zip(claims, itertools.accumulate((tests[name] * p[name] for name in claims), max)))  # by Holm
     own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
     rows = []
     for name, points in values.items():
@@ -1338,11 +1310,12 @@ def contrasts(methods):
         paper, paper_model = next(papers, (None, ""))
         verdict = ""
         if name not in OTHERS and len(points) >= 4:
-            verdict = "inconclusive"
-            if name in conclusive:
-                verdict = "agrees" if mean(points) * paper > 0 else "disagrees"
-        rows.append(dict(name=name, values=points, alpha=alpha[name], half=t_test(points, alpha[name])[0],
-                         verdict=verdict, paper=paper, paper_model=paper_model))
+            verdict = "agrees" if mean(points) * paper > 0 else "disagrees"
+            if adjusted[name] > 0.05:
+                verdict = "inconclusive"
+        alpha = 0.05 / tests[name]
+        rows.append(dict(name=name, values=points, alpha=alpha, half=t_test(points, alpha)[0], verdict=verdict,
+                         paper=paper, paper_model=paper_model))
     return rows
 
 
@@ -1362,18 +1335,20 @@ def contrast_table(found):
 
 def mechanism_tables(methods):
     """-> text: what report has measured in the models of a setting; every run has a mechanism."""
+    def average(runs, key, digits):
+        return mean_and_deviation([values[key] for values in runs], digits)
+
     def by_layer(runs, key, style):
         layers = zip(*(values[key] for values in runs))
         return " ".join("  -  " if None in layer else f"{mean(layer):{style}}" for layer in layers)
 
     norms, positions = [], []
     for name, seeds in methods.items():
-        runs = [run.mechanism | run.mechanism["position"] for run in seeds.values()]
-        beta, offset, cosine, ordered, shuffled = (
-            mean_and_deviation([values[key] for values in runs], digits) for key, digits in
-            (("beta_variance", 5), ("offset_variance", 5), ("cosine", 3), ("ordered", 1), ("shuffled", 1)))
-        norms.append([name, str(len(runs)), beta, offset, cosine, by_layer(runs, "correlation", "+.2f")])
-        positions.append([name, ordered, shuffled, by_layer(runs, "stream", "3.0f"), by_layer(runs, "normed", "3.0f")])
+        runs = [run.mechanism for run in seeds.values()]
+        norms.append([name, str(len(runs)), average(runs, "beta_variance", 5), average(runs, "offset_variance", 5),
+                      average(runs, "cosine", 3), by_layer(runs, "correlation", "+.2f")])
+        positions.append([name, average(runs, "ordered", 1), average(runs, "shuffled", 1),
+                          by_layer(runs, "stream", "3.0f"), by_layer(runs, "normed", "3.0f")])
     head = ["method", "n", "beta variance", "offset variance", "cosine", "correlations"]
     text = as_table("Last norm and correlations", head, norms, MECHANISM_NOTE)
     head = ["method", "accuracy", "patches shuffled", "index read from x", "from LN(x)"]
@@ -1413,26 +1388,26 @@ def watch_norms(model, images):
     logits = model(images)
     for hook in hooks:
         hook.remove()
-    return *zip(*seen), logits
+    inputs, outputs = zip(*seen)
+    return inputs, outputs, logits
 
 
 def last_norm_offset(model):
     """-> (D): beta + mean of LN'(pos_0), which under GAP the last norm adds to every image's vector."""
-    beta, last = model.norm.bias.detach(), model.last_norm_pe(model.delivered_pe())
-    return beta if last is None else beta + last.detach().reshape(-1, len(beta)).mean(0)  # "shift" has one row
+    beta, last = model.norm.bias, model.last_norm_pe(model.delivered_pe())
+    return beta if last is None else beta + last.reshape(-1, len(beta)).mean(0)  # "shift" has one row
 
 
 @torch.no_grad()
 def measure(model, batches):
-    """Measures what the paper plots of a trained model, on normalised images (B, 3, H, W) -> a dict.
+    """Measures what the paper plots of a trained model. batches: as for measure_position.
 
-    tokens, pe: of each block and the last norm, LN_l(x_l) averaged over images, and the PE that is added to it, (N, D)
-    or None; correlation: Pearson's, of all entries of those two (Figure 4); beta, gamma: the last norm's, (D); offset:
-    see last_norm_offset; cosine: similarity of an image's mean token before and after the last norm, averaged over
-    images (the paper's appendix).
+    -> tokens and pe, of each block and the last norm: LN_l(x_l) averaged over images, and the PE that is added to it,
+    (N, D) or None; a dict. correlation: Pearson's, of all entries of those two (Figure 4); beta, gamma, offset: the
+    last norm's; cosine: of an image's mean token before and after the last norm, averaged over images (appendix).
     """
     tokens, cosines = 0, []
-    for images in batches:
+    for images, _ in batches:
         inputs, outputs, _ = watch_norms(model, images)
         tokens = tokens + torch.stack([output.sum(0) for output in outputs])
         cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
@@ -1442,9 +1417,9 @@ def measure(model, batches):
           for e in (*delivered, model.last_norm_pe(delivered))]
     correlation = [None if e is None or e.min() == e.max() else  # undefined for a constant PE
                    torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item() for t, e in zip(tokens, pe)]
-    return dict(tokens=[*tokens], pe=pe, correlation=correlation, cosine=torch.cat(cosines).mean().item(),
-                beta=model.norm.bias.detach().cpu(), gamma=model.norm.weight.detach().cpu(),
-                offset=last_norm_offset(model).cpu())
+    return tokens, pe, dict(correlation=correlation, cosine=torch.cat(cosines).mean().item(),
+                            beta=model.norm.bias.tolist(), gamma=model.norm.weight.tolist(),
+                            offset=last_norm_offset(model).tolist())
 
 
 def shuffle_patches(images, size, generator):
@@ -1471,7 +1446,7 @@ def measure_position(model, batches):
     def features(images):
         """-> (places, B, N, D): the stream's, then the normed ones, then the attention's; logits."""
         inputs, outputs, logits = watch_norms(model, images)
-        attention = [y + e for y, e in zip(outputs, delivered) if e is not None]
+        attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
         return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double(), logits
 
     count, sums, moments = 0, 0, 0
@@ -1481,8 +1456,8 @@ def measure_position(model, batches):
     means = sums / count                                           # of the tokens with an index, (places, N, D)
     center = means.mean(1, keepdim=True)
     covariance = moments / (count * patches) - center.mT @ center
-    variance = covariance.diagonal(dim1=1, dim2=2)                   # a view
-    variance += 1e-3 * variance.mean(1, keepdim=True)                # the ridge
+    diagonal = covariance.diagonal(dim1=1, dim2=2)                   # the features' variances, a view
+    diagonal += 1e-3 * diagonal.mean(1, keepdim=True)                # the ridge
     weights = torch.linalg.solve(covariance, (means - center).mT)    # (places, D, N), N times those of the regression
 
     index_read, correct, generator = [], [], torch.Generator().manual_seed(0)
@@ -1494,9 +1469,8 @@ def measure_position(model, batches):
         correct.append(torch.stack([logits.argmax(1) == labels, shuffled_logits.argmax(1) == labels]))
     index_read = (100 * torch.cat(index_read, 1).mean(1)).tolist()
     ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
-    attention = iter(index_read[2 * depth + 1:])
     return dict(stream=index_read[:depth], normed=index_read[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
-                attention=[None if e is None else next(attention) for e in delivered])
+                attention=[None if e is None else share for e, share in zip(delivered, index_read[2 * depth + 1:])])
 
 
 def images_to_measure(config, count, data_dir, device):
@@ -1509,39 +1483,31 @@ def images_to_measure(config, count, data_dir, device):
 
 def measure_run(run, model, batches):
     """Measures a run's trained model, into run.mechanism and mechanism.json. -> tokens and pe, for plot_layers."""
-    values = measure(model, (images for images, _ in batches)) | dict(position=measure_position(model, batches))
-    tokens, pe = values.pop("tokens"), values.pop("pe")
+    tokens, pe, values = measure(model, batches)
     torch.manual_seed(run.config["seed"])                            # the model before training
-    values["offset_before"] = torch.zeros(0) if run.config["init"] else last_norm_offset(build_model(run.config))
-    values |= {f"{name}_variance": values[name].var().item() for name in ("beta", "offset")}
-    run.mechanism.update({name: value.tolist() if torch.is_tensor(value) else value for name, value in values.items()})
+    before = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
+    run.mechanism.update(values, **measure_position(model, batches), offset_before=before,
+                         beta_variance=variance(values["beta"]), offset_variance=variance(values["offset"]))
     save(run.folder / "mechanism.json", (json.dumps(run.mechanism) + "\n").encode())
     return tokens, pe
 
 
 SORTED = "dimension, sorted by value"
-FIGURES = {  # panels of a figure: x axis, y axis, what is drawn, what is dotted, for comparison
-    "curves": [("epoch", "training loss, cross entropy", "loss"), ("epoch", "test accuracy, %", "test_accuracy")],
-    "correlation": [("block", "correlation of LN(x) and its PE", "correlation")],
+FIGURES = {  # panels of a figure: x axis, y axis, the values that are drawn, those that are dotted, for comparison
+    "curves": [("epoch", "training loss, cross entropy", lambda run: [None, *(line["loss"] for line in run.log)]),
+               ("epoch", "test accuracy, %", lambda run: [None, *(line["test_accuracy"] for line in run.log)])],
+    "correlation": [("block", "correlation of LN(x) and its PE", lambda run: run.mechanism["correlation"])],
     "last_norm": [
-        (SORTED, "last norm's weight gamma", "gamma"), (SORTED, "last norm's bias beta", "beta"),
-        (SORTED, "beta + mean of LN'(pos_0)\n(dotted: before training)", "offset", "offset_before")],
+        (SORTED, "last norm's weight gamma", lambda run: sorted(run.mechanism["gamma"])),
+        (SORTED, "last norm's bias beta", lambda run: sorted(run.mechanism["beta"])),
+        (SORTED, "beta + mean of LN'(pos_0)\n(dotted: before training)",
+         lambda run: sorted(run.mechanism["offset"]), lambda run: sorted(run.mechanism["offset_before"]))],
     "position": [
-        ("block", "% of tokens whose patch index\nis read from the stream x", "stream"),
-        ("block", "% of tokens whose patch index\nis read from LN(x) (dotted: with its PE)", "normed", "attention"),
-        ("patches", "test accuracy, %", "accuracy")],
+        ("block", "% of tokens whose patch index\nis read from the stream x", lambda run: run.mechanism["stream"]),
+        ("block", "% of tokens whose patch index\nis read from LN(x) (dotted: with its PE)",
+         lambda run: run.mechanism["normed"], lambda run: run.mechanism["attention"]),
+        ("patches", "test accuracy, %", lambda run: [run.mechanism["ordered"], run.mechanism["shuffled"]])],
 }
-
-
-def values_along(x, name, run):
-    """-> tensor: what a figure shows of a run along the axis x; nan where there is nothing."""
-    if x == "epoch":
-        values = [None, *(line[name] for line in run.log)]
-    else:
-        measured = run.mechanism | run.mechanism["position"]
-        measured["accuracy"] = [measured["ordered"], measured["shuffled"]]
-        values = sorted(measured[name]) if x == SORTED else measured[name]
-    return torch.tensor([math.nan if value is None else value for value in values])
 
 
 def plot_lines(path, panels, methods):
@@ -1556,22 +1522,22 @@ def plot_lines(path, panels, methods):
         for label, seeds in methods.items():
             run = next(iter(seeds.values()))
             color = f"C{list(METHODS).index(run.config['method'])}"
-            for line, style in zip(lines, ("--" if "=" in label else "-", ":")):
-                values = torch.stack([values_along(x, line, run) for run in seeds.values()])
-                low, middle, high = values.amin(0).tolist(), values.mean(0).tolist(), values.amax(0).tolist()
-                ax.plot(middle, style, marker="." * (len(middle) < 20), color=color)
-                ax.fill_between(range(len(low)), low, high, color=color, alpha=0.2, lw=0)
+            for values_of, style in zip(lines, ("--" if "=" in label else "-", ":")):
+                values = np.array([values_of(run) for run in seeds.values()], float)  # None: nan
+                middle = values.mean(0)
+                ax.plot(middle, style, marker="." if len(middle) < 20 else "", color=color)
+                ax.fill_between(range(len(middle)), values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
                 if style != ":":
-                    names += [(value, label, color) for value in middle if not math.isnan(value)][-1:]
+                    names += [(value, label, color) for value in middle[~np.isnan(middle)][-1:]]
         ax.grid(visible=True, alpha=0.3)
         ax.set(xlabel=x, ylabel=y)
         ax.xaxis.get_major_locator().set_params(integer=True)
         if x == "block":
-            depth = len(run.mechanism["correlation"]) - 1
+            depth = max(len(run.mechanism["stream"]) for seeds in methods.values() for run in seeds.values())
             ax.set_xticks(range(depth + 1), [*map(str, range(depth)), "last\nnorm"])
         if x == "patches":
             ax.set_xticks([0, 1], ["in order", "shuffled"])
-        if "correlation" in lines:                                   # Figure 4: layers 4 and 11 of 0 to 11
+        if path.stem == "correlation":                               # Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
         (low, high), place = ax.get_ylim(), -math.inf
@@ -1627,11 +1593,17 @@ def report(
     Draws what the paper draws: correlation by layer, heatmaps, the last norm. Runs that have weights are measured, and
     their mechanism.json is written; for others the one in their folder is used. Figures need matplotlib.
     """
-    device, runs = choose_device(device), finished_runs(folder for folder in folders if folder != out)
+    device, runs = choose_device(device), []
+    for folder in folders:
+        if run := read_run(folder):
+            runs.append(run)
+        elif folder != out:
+            typer.echo(f"note: {folder} is left out: it holds no finished run", err=True)
     if not runs:
         raise SystemExit("error: none of these folders holds a finished run")
     if base not in (None, *(run.label for run in runs)):
         raise SystemExit(f"error: none of these runs is of --base {base}")
+    runs.sort(key=lambda run: ([*METHODS].index(run.config["method"]), run.label, run.config["seed"]))
     settings, test_images, heatmaps = by_setting(runs), {}, {}
     for run in tqdm([run for run in runs if (run.folder / "last.pt").exists()], "measuring", leave=False, disable=None):
         model, key = load_checkpoint(run.folder)[0].to(device).eval(), (run.config["data"], run.config["image_size"])
@@ -1641,18 +1613,18 @@ def report(
         except (OSError, SystemExit) as error:
             typer.echo(f"note: {run.folder} is not measured ({error})", err=True)
             continue
-        heatmaps.setdefault((run.setting, run.label), (run.folder.name, *measure_run(run, model, test_images[key])))
-    measured = by_setting(run for run in runs if "position" in run.mechanism)
-    found = {title: contrasts(methods) for title, methods in settings.items()}
+        tokens, pe = measure_run(run, model, test_images[key])
+        heatmaps.setdefault((run.setting, run.label), (run.folder.name, tokens, pe))  # of one run of each method
+    measured = by_setting(run for run in runs if "stream" in run.mechanism)
     for title, methods in settings.items():
-        typer.echo(results_table(title, methods, base) + contrast_table(found[title])
+        typer.echo(results_table(title, methods, base) + contrast_table(contrasts(methods))
                    + mechanism_tables(measured.get(title, {})), nl=False)
     try:
         for title, methods in settings.items():
             folder = out / title.replace(", ", "-").replace(" ", "-") if len(settings) > 1 else out
             folder.mkdir(parents=True, exist_ok=True)
-            if found[title]:
-                plot_contrasts(folder / "contrasts.png", found[title])
+            if rows := contrasts(methods):
+                plot_contrasts(folder / "contrasts.png", rows)
             for name, panels in FIGURES.items():
                 shown = methods if name == "curves" else measured.get(title)
                 if shown:
