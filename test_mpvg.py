@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import io
 import itertools
 import json
@@ -38,6 +37,17 @@ from mpvg import METHODS, MODELS, ViT, create, fold, load_weights, resize_pos_em
 
 torch.set_num_threads(1)  # these models are too small to share
 ROOT = Path(__file__).parent
+make_numbers = train.numbers
+
+
+@cache
+def small_data(root, train):
+    """In place of numbers and CIFAR-100: 200 training and 40 test images."""
+    return make_numbers(200, 1) if train else make_numbers(40, 2)
+
+
+for _name in ("numbers", "cifar100"):  # all runs of these tests train on so few
+    train.DATASETS[_name] = dataclasses.replace(train.DATASETS[_name], load=small_data)
 
 
 def run_cli(main, *arguments):
@@ -55,6 +65,12 @@ def run_cli(main, *arguments):
     finally:
         sys.argv = argv
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def ok(result):
+    """-> the result of run_cli, of a program that has succeeded."""
+    assert result.code == 0, result.err
+    return result
 
 
 TINY = dict(image_size=(8, 12), patch_size=4, num_classes=5, dim=16, depth=3, heads=2, mlp_ratio=2.0)
@@ -100,7 +116,7 @@ def mlp(x, p, name):
 
 def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True, add_input=True, block_type="prenorm",
               patch=4, depth=3, heads=2, **_):
-    """PAPER.md's table and toggles, read off line by line.
+    """The paper's equations and toggles, line by line.
 
     -> tokens after the last norm and its PE; logits; (x_l, LN_l(x_l), its PE or None) of each block and the last norm.
     """
@@ -139,27 +155,28 @@ def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True
 
 def every_toggle():
     yield from METHODS.values()
-    for layer0, hierarchical, add_input, last_pe in itertools.product(
-            (False, True), (False, True), (False, True), (None, 0, 1, 2, "shift", "free")):
-        structure = dict(pe="layerwise", layer0=layer0, hierarchical=hierarchical, add_input=add_input)
-        yield dict(structure, pool="gap", last_pe=last_pe)
-        if last_pe is None:
-            yield dict(structure, pool="cls")
-    for pool, pe in itertools.product(("cls", "gap"), ("absolute", "none")):
-        yield dict(pe=pe, pool=pool)
-    for last_pe in ("shift", "free"):
-        yield dict(pe="none", pool="gap", last_pe=last_pe)
-        yield dict(pe="absolute", pool="gap", last_pe=last_pe)
+    ends = [("cls", None), ("gap", None), ("gap", "shift"), ("gap", "free")]
+    for pe, (pool, last_pe) in itertools.product(("absolute", "none"), ends):
+        yield dict(pe=pe, pool=pool, last_pe=last_pe)
+    ends += [("gap", 0), ("gap", 1), ("gap", 2)]
+    for layer0, hierarchical, add_input, (pool, last_pe) in itertools.product(*[(False, True)] * 3, ends):
+        yield dict(pe="layerwise", layer0=layer0, hierarchical=hierarchical, add_input=add_input, pool=pool,
+                   last_pe=last_pe)
 
 
 @pytest.mark.parametrize("extra", [dict(), dict(block_type="renorm", qkv_bias=False), dict(pe_init="sincos")], ids=str)
 def test_every_method_and_toggle_equals_the_equations(extra):
+    """And every parameter gets a gradient: DistributedDataParallel refuses one that is not used."""
     x = images()
     for toggles in every_toggle():
         model = tiny(None, **toggles, **extra)
-        y, logits, _ = equations(model.state_dict(), x, **toggles, **extra)
+        y, expected, _ = equations(model.state_dict(), x, **toggles, **extra)
+        logits = model(x)
         torch.testing.assert_close(model.forward_features(x), y, rtol=1e-10, atol=1e-10, msg=str(toggles))
-        torch.testing.assert_close(model(x), logits, rtol=1e-10, atol=1e-10, msg=str(toggles))
+        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10, msg=str(toggles))
+        F.cross_entropy(logits, torch.arange(4)).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.abs().max() > 0, (toggles, name)
 
 
 def test_sincos_is_a_fixed_2d_table():
@@ -173,7 +190,7 @@ def test_sincos_is_a_fixed_2d_table():
 
 # --------------------------------------------------------------------------------------------------- parameter counts
 
-COUNTS = {  # PAPER.md: by the formula, for default, lape, pvg, mpvg
+COUNTS = {  # for default, lape, pvg, mpvg; beside the paper's in results/fidelity.md
     "deit-tiny": (5_717_416, 5_722_024, 5_721_256, 5_721_640),
     "deit-small": (22_050_664, 22_059_880, 22_058_344, 22_059_112),
     "deit-base": (86_567_656, 86_586_088, 86_583_016, 86_584_552),
@@ -181,24 +198,11 @@ COUNTS = {  # PAPER.md: by the formula, for default, lape, pvg, mpvg
 }
 
 
-def count(model, method):
-    with torch.device("meta"):
-        return sum(p.numel() for p in create(model, method).parameters())
-
-
-def test_parameter_counts_of_all_presets_and_methods():
-    methods = ("default", "lape", "pvg", "mpvg")
-    for model, expected in COUNTS.items():
-        assert tuple(count(model, m) for m in methods) == expected
-    for name, c in MODELS.items():  # the other methods follow: a table row and a PE norm cost D and 2D
-        D, N = c["dim"], (c.get("image_size", 224) // c.get("patch_size", 16)) ** 2
-        gap, pvg = count(name, "default") - 2 * D, count(name, "pvg")
-        assert count(name, "gap") == gap and pvg == gap + (c.get("depth", 12) - 1) * 2 * D
-        assert count(name, "lape-gap") == gap + c.get("depth", 12) * 2 * D
-        assert count(name, "gap-last-pe") == gap + 2 * D
-        assert count(name, "mpvg") == pvg + 2 * D
-        assert count(name, "mpvg-shift") == pvg + D
-        assert count(name, "mpvg-free") == pvg + 2 * D + N * D
+def test_parameter_counts_follow_the_formula():
+    for name, expected in COUNTS.items():
+        with torch.device("meta"):
+            models = [create(name, method) for method in ("default", "lape", "pvg", "mpvg")]
+        assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == expected
 
 
 def test_methods_are_the_papers():
@@ -214,9 +218,8 @@ def test_methods_are_the_papers():
         "mpvg-shift": ("layerwise", "gap", "shift", False, True, True),
         "mpvg-free": ("layerwise", "gap", "free", False, True, True),
     }
-    default = {name: p.default for name, p in inspect.signature(ViT).parameters.items()}
     toggles = ("pe", "pool", "last_pe", "layer0", "hierarchical", "add_input")
-    assert {m: tuple({**default, **row}[t] for t in toggles) for m, row in METHODS.items()} == rows
+    assert {m: tuple((ViT.__init__.__kwdefaults__ | row)[t] for t in toggles) for m, row in METHODS.items()} == rows
 
 
 def test_presets_are_the_recipes():
@@ -232,7 +235,7 @@ def test_presets_are_the_recipes():
                          block_type="renorm", init="vit-lite", pe_std=0.2),
     }
     presets["vit-lite-mini"] = dict(presets["vit-lite"], dim=96)
-    default = {name: inspect.signature(ViT).parameters[name].default for name in (*deit, "dim", "heads")}
+    default = {name: ViT.__init__.__kwdefaults__[name] for name in (*deit, "dim", "heads")}
     assert {name: {**default, **row} for name, row in MODELS.items()} == presets
 
 
@@ -271,22 +274,14 @@ def test_equals_torchvision():
 def test_fact_1_every_pe_term_can_be_stored():
     for toggles in every_toggle():
         model, x = tiny(None, **toggles), images()
-        folded = fold(model)
-        torch.testing.assert_close(folded(x), model(x), rtol=1e-10, atol=1e-10, msg=str(toggles))
-        assert not any("pe_norm" in name for name, _ in folded.named_parameters())
+        logits, names, folded = model(x), [*model.state_dict()], fold(model.train())
+        for net in (folded, fold(folded), model.eval()):
+            torch.testing.assert_close(net(x), logits, rtol=1e-10, atol=1e-10, msg=str(toggles))
+        assert not folded.training and not any("pe_norm" in name or p.requires_grad
+                                               for name, p in folded.named_parameters())
         assert sum(isinstance(m, torch.nn.LayerNorm) for m in folded.modules()) == 2 * 3 + 1
-        assert not folded.training and not fold(model.train()).training
-
-
-def test_fold_leaves_the_model_alone():
-    model = tiny("mpvg")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    fold(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.pe_norm is not None and all(p.requires_grad for p in model.parameters())
-    assert not any(p.requires_grad for p in fold(model).parameters())
+        assert [*model.state_dict()] == names and all(p.requires_grad for p in model.parameters())  # as it was
     assert fold(tiny("lape")).pos_embed is None                                 # LaPE's tokens never see the table
-    torch.testing.assert_close(fold(fold(model))(images()), model(images()))
 
 
 def test_fact_2_the_last_pe_is_a_bias_of_the_head():
@@ -312,8 +307,9 @@ def test_fact_3_the_two_offsets_learn_the_same(method, twin):
 
 
 def test_without_pe_patches_may_be_shuffled():
-    x = images(2)
+    x = images(1).repeat(2, 1, 1, 1)
     shuffled = train.shuffle_patches(x, 4, torch.Generator().manual_seed(0))
+    assert not torch.equal(shuffled[0], shuffled[1])                            # each image has an order of its own
     blind = tiny(None, pe="none", pool="gap")
     torch.testing.assert_close(blind(shuffled), blind(x), rtol=1e-10, atol=1e-10)
     for method in METHODS:
@@ -322,16 +318,6 @@ def test_without_pe_patches_may_be_shuffled():
 
 
 # ------------------------------------------------------------------------------- training, compile, export, the rest
-
-@pytest.mark.parametrize("block_type", ["prenorm", "renorm"])
-def test_every_parameter_gets_a_gradient(block_type):
-    for toggles in every_toggle():
-        torch.manual_seed(0)
-        model = ViT(**TINY, **toggles, block_type=block_type)
-        F.cross_entropy(model(images(dtype=torch.float32)), torch.arange(4)).backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, (toggles, name)
-
 
 @pytest.mark.parametrize("method", ["default", "lape", "mpvg", "mpvg-shift", "mpvg-free"])
 def test_compiled_equals_eager(method):
@@ -362,26 +348,17 @@ def test_export(method):
         torch.testing.assert_close(exported(images(5)), net(images(5)), rtol=1e-10, atol=1e-10)
 
 
-def test_drop_path_is_per_sample_and_keeps_the_mean():
-    torch.manual_seed(0)
-    x = torch.ones(4000, 3, 2)
-    y = mpvg.stochastic_depth(x, 0.25, training=True)
-    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.05
-    assert mpvg.stochastic_depth(x, 0.25, training=False) is x and mpvg.stochastic_depth(x, 0.0, training=True) is x
-    model = ViT(**TINY, drop_path=0.3)
-    assert [b.drop_path for b in model.blocks] == pytest.approx([0, 0.15, 0.3])
-
-
 @pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
-def test_drop_path_drops_either_branch(silent):
-    """With one branch zeroed and the other (all but) always dropped, a block in training is the identity."""
-    block, x = tiny("mpvg", drop_path=0.9999).blocks[2], torch.randn(5, 6, 16, dtype=torch.float64)
-    for parameter in block.get_submodule(silent).parameters():
+def test_drop_path_drops_a_branch_of_some_images_and_scales_it_for_the_others(silent):
+    model, x = tiny("mpvg", drop_path=0.25), torch.randn(1, 6, 16, dtype=torch.float64).repeat(4000, 1, 1)
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.125, 0.25])
+    block = model.blocks[2]
+    for parameter in block.get_submodule(silent).parameters():                  # leaves the other branch alone
         torch.nn.init.zeros_(parameter)
-    assert (block(x) - x).abs().max() > 0.1
-    torch.manual_seed(0)
-    assert torch.equal(block.train()(x), x)
+    branch, found = block(x) - x, block.train()(x) - x
+    dropped = (found == 0).all(dim=(1, 2))
+    assert dropped.double().mean() == pytest.approx(0.25, abs=0.03)
+    torch.testing.assert_close(found[~dropped], branch[~dropped] / 0.75)
 
 
 def test_attention_dropout_acts_in_training_only():
@@ -436,7 +413,6 @@ def test_a_seed_gives_all_methods_the_same_weights():
     (dict(image_size=(3, 8, 8)), "image_height=(3, 8, 8) is not a positive whole number"),
     (dict(dim=18, heads=4), "dim 18 is not divisible by heads 4"),
     (dict(dim=6, heads=2, pe_init="sincos"), "by 4 for pe_init='sincos'"),
-    (dict(heads=True), "heads=True is not a positive"),
     (dict(norm_eps=math.nan), "norm_eps=nan is not a positive number"),
     (dict(drop_path=1.0), "drop_path=1.0 is not in [0, 1)"),
     (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none"),
@@ -449,10 +425,6 @@ def test_impossible_options_say_what_to_do(options, says):
 def test_unknown_names_and_shapes():
     with pytest.raises(ValueError, match="unknown model 'vit-huge': choose from vit-lite"):
         create("vit-huge", "mpvg")
-    with pytest.raises(ValueError, match="unknown method 'rope': choose from default"):
-        create("vit-nano", "rope")
-    with pytest.raises(TypeError, match="dropout"):
-        create("vit-nano", "mpvg", dropout=0.1)
     with pytest.raises(ValueError, match=re.escape("(4, 3, 8, 8), not (B, *(3, 8, 12))")):
         tiny()(images(size=(8, 8)))
     assert tiny(in_channels=2)(images()[:, :2]).shape == (4, 5)
@@ -478,22 +450,20 @@ def test_resize_pos_embed():
 
 def test_load_weights_from_files(tmp_path):
     source, path = tiny("mpvg"), tmp_path / "model.pt"
-    for contents in (source.state_dict(), {"model": source.state_dict(), "epoch": 3},
-                     {"state_dict": source.state_dict()},
-                     {"model": source.state_dict(), "args": argparse.Namespace(lr=0.1)}):
+    state = source.state_dict()
+    for contents in (state, {"model": state, "epoch": 3}, {"state_dict": state},
+                     {"model": state, "args": argparse.Namespace(lr=0.1)}):
         torch.save(contents, path)
         target = tiny("mpvg", seed=5)
         assert load_weights(target, path) is target
         torch.testing.assert_close(target(images()), source(images()))
-    with pytest.raises(FileNotFoundError):
-        load_weights(source, tmp_path / "absent.pt")
     torch.save([1, 2], path)
     for wrong, kind in ((path, "list"), (None, "NoneType"), (source, "ViT")):
         with pytest.raises(ValueError, match=f"not a {kind}$"):
             load_weights(source, wrong)
-    torch.save(source.state_dict(), path)
+    torch.save(state, path)
     whole = path.read_bytes()
-    for size in (0, 2000, len(whole) // 2, len(whole) - 100, *range(1, len(whole), 499)):
+    for size in (*range(0, len(whole), 499), len(whole) - 100):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="model.pt cannot be loaded safely: it is damaged"):
             load_weights(source, path)
@@ -514,42 +484,24 @@ def test_load_weights_runs_no_code(tmp_path, capsys):
     assert "code in a checkpoint ran" not in capsys.readouterr().out
 
 
-def test_load_weights_names_every_misfit():
-    model = tiny("mpvg")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = dict(before)
+def test_load_weights_names_every_misfit_and_loads_nothing():
+    model, state = tiny("mpvg"), tiny("mpvg", seed=3).state_dict()
+    logits = model(images())
     del state["norm.weight"], state["pe_norm.bias"]
-    state["surplus"] = torch.zeros(1)
-    state["blocks.0.attn.proj.bias"] = torch.zeros(3)
-    state["pos_embed"] = torch.ones_like(state["pos_embed"])
-    with pytest.raises(ValueError) as error:
-        load_weights(model, state)
-    for part in ("missing norm.weight", "missing pe_norm.bias", "unexpected surplus",
-                 "blocks.0.attn.proj.bias is (3,), the model's (16,)"):
-        assert part in str(error.value)
-    assert "new_head" not in str(error.value)
+    state |= {"surplus": torch.zeros(1), "blocks.0.attn.proj.bias": torch.zeros(3)}
     for value in (np.zeros((1, 6, 16)), 3, None, torch.zeros(1, 0, 16), torch.zeros(16)):      # no weight at all
-        with pytest.raises(ValueError, match="pos_embed is"):
-            load_weights(model, {**tiny("mpvg", seed=3).state_dict(), "pos_embed": value})
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="unexpected cls_token .from_cls=True drops it.*pos_embed is") as error:
-        load_weights(tiny("gap"), tiny("default").state_dict())
-    assert "old_grid" not in str(error.value)
-    with pytest.raises(ValueError, match="unexpected dist_token") as error:     # DeiT's distilled table: 8 rows, not 7
-        load_weights(tiny("default"), {**tiny("default").state_dict(), "dist_token": torch.zeros(1),
-                                       "pos_embed": torch.zeros(1, 8, 16)})
-    assert "pos_embed is (1, 8, 16), the model's (1, 7, 16) (old_grid" in str(error.value)
-
-
-def test_load_weights_replaces_the_head_only_when_asked():
-    source, target = tiny("mpvg"), tiny("mpvg", seed=5, num_classes=9)
-    head = target.head.weight.clone()
+        with pytest.raises(ValueError) as error:
+            load_weights(model, state | {"pos_embed": value})
+        for part in ("missing norm.weight", "missing pe_norm.bias", "unexpected surplus", "pos_embed is ",
+                     "blocks.0.attn.proj.bias is (3,), the model's (16,)"):
+            assert part in str(error.value)
+        assert "new_head" not in str(error.value)
+    assert torch.equal(model(images()), logits)
     with pytest.raises(ValueError, match=r"head.weight is \(5, 16\).*new_head=True"):
-        load_weights(target, source.state_dict())
-    load_weights(target, source.state_dict(), new_head=True)
-    assert torch.equal(target.head.weight, head) and torch.equal(target.norm.bias, source.norm.bias)
-    same = load_weights(tiny("mpvg", seed=5), source.state_dict(), new_head=True)
-    assert torch.equal(same.head.weight, source.head.weight)          # the same class count: nothing to replace
+        load_weights(tiny("mpvg", num_classes=9), tiny("mpvg").state_dict())
+    distilled = {"dist_token": torch.zeros(1), "pos_embed": torch.zeros(1, 8, 16)}              # DeiT's: 8 rows, not 7
+    with pytest.raises(ValueError, match=r"pos_embed is \(1, 8, 16\), the model's \(1, 7, 16\) \(old_grid.*dist_token"):
+        load_weights(tiny("default"), tiny("default").state_dict() | distilled)
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg-free"])
@@ -587,9 +539,6 @@ def test_load_weights_starts_a_gap_model_from_a_class_tokens_weights(method):
         optimizer.step()
         optimizer.zero_grad()
     assert all((value != 0).all() for name, value in model.named_parameters() if name.endswith("pe_norm.weight"))
-    delivered = model.delivered_pe()
-    for e in (*delivered, model.last_norm_pe(delivered)):
-        assert e is None or e.ndim == 1 or (e.std(dim=1) > 0).all()
     larger = load_weights(tiny(method, image_size=16), source, from_cls=True, old_grid=(2, 3))
     assert torch.equal(larger.pos_embed, resize_pos_embed(p["pos_embed"], (2, 3), (4, 4)))
 
@@ -602,7 +551,6 @@ def test_from_cls_refuses_other_cases(method, source):
 
 # ------------------------------------------------------------------------------------------- train.py: augmentation
 
-make_numbers = train.numbers
 CIFAR = train.DATASETS["cifar100"].recipe
 FILL = (129, 124, 112)
 
@@ -673,8 +621,6 @@ def test_an_operation_is_pillows(name):
         differences.append(difference(mine[i], PILLOW[name](pil(x[i]), m[i].item(), how)))
         assert differences[i].max() <= 1 or (geometric and i >= bilinear), i
     assert torch.stack(differences).mean() < 1.2
-    alone = train.OPERATIONS[name](x[7:8], m[7:8], partial(warp, bicubic=torch.tensor([False])))
-    assert torch.equal(alone[0], mine[7])                                       # whatever shares the batch
 
 
 def test_resized_crop_is_pillows():
@@ -693,21 +639,22 @@ def test_resized_crop_is_pillows():
 
 
 def test_what_is_drawn_for_images():
+    """Boxes are distributed as torchvision's: the same least and greatest values, means, deviations, correlations."""
     torch.manual_seed(0)
-    draws = train.draw_augmentation(40_000, 32, CIFAR)
-    top, left, height, width = draws["crop"].T
-    whole = (height == 32) & (width == 32)
-    area, ratio = (height * width / 1024)[~whole], (height / width)[~whole].log()
-    assert 0.77 < area.min() and 0.7 < ratio.exp().min() and 1.25 < ratio.exp().max() < 1.43
-    assert abs(ratio.mean()) < 0.01
-    loose = (height < 30) & (width < 30)
-    corners = torch.stack([top / (32 - height), left / (32 - width)])[:, loose]
-    assert abs(torch.corrcoef(corners)[0, 1]) < 0.05                            # each drawn by itself
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and (left + width <= 32).all()
-    assert (top + height == 32).any() and (left + width == 32).any() and 0.005 < whole.float().mean() < 0.1
+    draws, image = train.draw_augmentation(40_000, 32, CIFAR), torch.zeros(3, 32, 32)
+    erased = draws["erase"][draws["erase"][:, 2] > 0]
+    assert len(erased) / 40_000 == pytest.approx(0.25, abs=0.01)
+    crop, erase = torchvision.transforms.RandomResizedCrop.get_params, torchvision.transforms.RandomErasing.get_params
+    for mine, theirs in ((draws["crop"], [crop(image, [0.8, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)]),
+                         (erased, [erase(image, [0.02, 1 / 3], [0.3, 1 / 0.3])[:4] for _ in range(10_000)])):
+        theirs = torch.tensor(theirs).float()
+        assert torch.equal(mine.amin(0), theirs.amin(0)) and torch.equal(mine.amax(0), theirs.amax(0))
+        assert (mine[:, :2] + mine[:, 2:]).max() == 32
+        assert ((mine.mean(0) - theirs.mean(0)) / theirs.std(0)).abs().max() < 0.05
+        torch.testing.assert_close(mine.std(0), theirs.std(0), rtol=0.05, atol=0)
+        torch.testing.assert_close(mine.T.corrcoef(), theirs.T.corrcoef(), rtol=0, atol=0.05)
     for name in ("flip", "crop_bicubic", "bicubic"):
         assert draws[name].float().mean() == pytest.approx(0.5, abs=0.02), name
-        assert (draws[name][1:] == draws[name][:-1]).float().mean() == pytest.approx(0.5, abs=0.02), name
     for column in draws["operation"].T:
         assert (column == -1).float().mean() == pytest.approx(0.5, abs=0.01)
         counts = column[column >= 0].bincount(minlength=15) / 20_000
@@ -718,12 +665,6 @@ def test_what_is_drawn_for_images():
     assert strength.mean() == pytest.approx(9, abs=0.02) and strength.max() == 10
     assert strength[strength < 10].std() == pytest.approx(0.49, abs=0.02)
     assert sign.unique().tolist() == [-1, 1] and sign.mean(0).tolist() == pytest.approx([0, 0], abs=0.02)
-    erased = draws["erase"][draws["erase"][:, 2] > 0]
-    assert len(erased) / 40_000 == pytest.approx(0.25, abs=0.01)
-    area, ratio = erased[:, 2] * erased[:, 3] / 1024, (erased[:, 2] / erased[:, 3]).log()
-    assert 0.01 < area.min() and area.max() < 0.36 and area.mean() == pytest.approx((0.02 + 1 / 3) / 2, abs=0.01)
-    assert abs(ratio.mean()) < 0.02 and ratio.std() == pytest.approx(2 * math.log(1 / 0.3) / 12 ** 0.5, abs=0.05)
-    assert (erased[:, :2] >= 0).all() and (erased[:, :2] + erased[:, 2:] <= 32).all() and erased[:, 2:].max() < 32
 
 
 def test_what_is_drawn_for_mixing():
@@ -745,33 +686,24 @@ def test_what_is_drawn_for_mixing():
     assert ((boxes == 0) | (boxes == 1)).all() and (blends == blends[:, :1]).all()
 
 
-def test_augment_crops_flips_and_applies_one_operation_after_the_other():
+def test_augmentation_crops_flips_and_applies_one_operation_after_the_other():
+    """Each image by itself; empty places get the mean colour."""
+    recipe = dataclasses.replace(CIFAR, erase=0.0)
     x, names = photos()[:40], [*train.OPERATIONS]
     torch.manual_seed(3)
-    draws = train.draw_augmentation(40, 32, CIFAR)
+    draws = train.draw_augmentation(40, 32, recipe)
     draws["operation"][:15] = torch.stack([torch.arange(15), torch.arange(15).roll(4)], dim=1)
     draws["operation"][3, 0] = draws["operation"][5, 1] = -1
-    fill = torch.tensor(FILL, dtype=torch.float)
-    mine = train.augment(x.clone(), draws, CIFAR, fill)
-    for i in range(40):                                                         # each image by itself
+    mine, _ = train.prepare(x.clone()[None], torch.zeros(1, 40).long(), draws, None, recipe, "cifar100", 9, seed=0)
+    for i in range(40):
         image = train.resized_crop(x[i:i + 1], draws["crop"][i:i + 1], draws["crop_bicubic"][i:i + 1])
         image = image.flip(3) if draws["flip"][i] else image
         for layer, number in enumerate(draws["operation"][i].tolist()):
             if number >= 0:
-                how = partial(train.warp, bicubic=draws["bicubic"][i, layer:layer + 1], fill=fill)
-                image = train.OPERATIONS[names[number]](image, draws["magnitude"][i, layer:layer + 1], how)
-        assert torch.equal(mine[i], image[0]), i
-    same = train.augment(x[:1].repeat(40, 1, 1, 1), draws, CIFAR, fill)
-    assert len({image.numpy().tobytes() for image in same}) > 35                # one image, forty others
-
-
-def test_empty_places_get_the_mean_colour():
-    recipe = dataclasses.replace(CIFAR, crop_scale=1.0, flip=0.0, ra_ops=1, erase=0.0)
-    draws = train.draw_augmentation(4, 32, recipe)
-    draws["operation"][:], draws["magnitude"][:] = [*train.OPERATIONS].index("TranslateX"), 9
-    x = torch.zeros(1, 4, 3, 32, 32, dtype=torch.uint8)
-    y, _ = train.prepare(x, torch.zeros(1, 4).long(), draws, None, recipe, "cifar100", 9, 0)
-    assert y[..., -10:].abs().max() < 0.01 and y[..., :10].max() < -1           # 0 is the mean
+                m, bicubic = (draws[key][i, layer:layer + 1] for key in ("magnitude", "bicubic"))
+                affine = partial(train.warp, bicubic=bicubic, fill=torch.tensor(FILL, dtype=torch.float))
+                image = train.OPERATIONS[names[number]](image, m, affine)
+        assert torch.equal(mine[0, i], train.normalise(image, "cifar100")[0]), i
 
 
 def test_prepare_mixes_then_erases():
@@ -789,16 +721,10 @@ def test_prepare_mixes_then_erases():
     keep[1, 4:20, 8:16] = 0
     mixed, shares = prepare(x.clone(), draws=draws, keep=keep, recipe=off, seed=0)
     for step, i in itertools.product(range(2), range(6)):
-        a, b = x[step, i].float(), x[step, i ^ 1].float()                       # the partner: the neighbour
-        expected = (0.3125 * a + 0.6875 * b).round() if step == 0 else a.clone()
-        if step == 1:
-            expected[:, 4:20, 8:16] = b[:, 4:20, 8:16]
-        torch.testing.assert_close(mixed[step, i], (expected / 255 - mean) / std)
-        own = 0.3125 if step == 0 else 1 - 128 / 1024                           # lambda as the box turned out
-        target = torch.zeros(20)
-        target[y[step, i]] += own
-        target[y[step, i ^ 1]] += 1 - own
-        torch.testing.assert_close(shares[step, i], target)
+        own, (a, b) = keep[step], (x[step, j].float() for j in (i, i ^ 1))      # the partner: the neighbour
+        torch.testing.assert_close(mixed[step, i], ((own * a + (1 - own) * b).round() / 255 - mean) / std)
+        a, b = F.one_hot(y[step], 20)[[i, i ^ 1]]
+        torch.testing.assert_close(shares[step, i], own.mean() * a + (1 - own.mean()) * b)  # as the box turned out
 
     erasing = dataclasses.replace(off, erase=1.0)
     draws = train.draw_augmentation(12, 32, erasing)
@@ -818,15 +744,6 @@ def test_prepare_mixes_then_erases():
 
 # ------------------------------------------------------------------------------------------------ train.py: recipes
 
-def test_lr_at():
-    for epoch, value in ((0, 1e-6), (5, (1e-6 + 6e-4) / 2), (10, 5.984e-4), (150, 3.05e-4), (299, 1.002e-5),
-                         (300, 1e-5), (309, 1e-5)):
-        assert train.lr_at(epoch, CIFAR) == pytest.approx(value, rel=1e-3)
-    for lr in (0, 1e-9, 1e-6):                                                  # never above the peak
-        recipe = dataclasses.replace(CIFAR, lr=lr)
-        assert max(train.lr_at(t / 10, recipe) for t in range(3100)) == pytest.approx(lr)
-
-
 def test_recipes_are_the_published_ones():
     published = dict(epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=10,
                      cooldown_epochs=10, lr_per="epoch", weight_decay=0.06, decay_pe=True, label_smoothing=0.1,
@@ -841,20 +758,6 @@ def test_recipes_are_the_published_ones():
     assert (train.DATASETS["cifar100"].mean, train.DATASETS["cifar100"].std) == (
         (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     assert [d.model for d in train.DATASETS.values()] == ["vit-nano", "vit-lite", "deit-tiny"]
-
-
-@pytest.mark.parametrize("decay_pe", [False, True])
-@pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-free", "mpvg-shift"])
-def test_every_parameter_is_in_one_group(method, decay_pe):
-    model = create("vit-nano", method)
-    decayed, free = train.parameter_groups(model, 0.3, decay_pe)
-    assert decayed["weight_decay"] == 0.3 and free["weight_decay"] == 0
-    ids = [id(p) for group in (decayed, free) for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    inside = {id(p) for p in decayed["params"]}
-    for name, parameter in model.named_parameters():
-        expected = decay_pe if name in ("pos_embed", "cls_token", "last_pos_embed") else parameter.ndim > 1
-        assert (id(parameter) in inside) == expected, name
 
 
 # --------------------------------------------------------------------------------------------------- train.py: data
@@ -918,7 +821,6 @@ def load_files(root, workers=0, **changes):
 
 def test_crops_are_pillows(files):
     data = load_files(files, image_size=48)["train"]
-    assert data[0, 77][0].shape == (3, 48, 48)
     for index, seed in ((0, 77), (1, 78), (0, 79), (2, 5), (16, 6)):
         x, label, failures = data[index, seed]
         image = Image.open(data.samples[index][0]).convert("RGB")
@@ -926,7 +828,6 @@ def test_crops_are_pillows(files):
         top, left, h, w = torchvision.transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
         theirs = difference(x, image.crop((left, top, left + w, top + h)).resize((48, 48), Image.Resampling.BICUBIC))
         assert theirs.max() <= 2 and theirs.mean() < 0.5 and label == failures == 0
-    assert not torch.equal(data[0, 77][0], data[0, 79][0])                      # a crop of its own each time
     assert not torch.equal(load_files(files, image_size=48, bicubic=0.0)["train"][0, 77][0], data[0, 77][0])
     for crop_ratio, short in ((0.875, 48), (1.0, 42)):
         data = train.load_split(FILES | dict(image_size=42), "test", files, torch.device("cpu"), 0, crop_ratio)
@@ -953,9 +854,12 @@ def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd, work
     assert f"warning: {paths[cut]} cannot be decoded and is skipped (image file is truncated" in warned
     (x, y), = data["test"].test_batches()
     assert y.tolist() == [0] * 5 + [1, 1, 1, -1, -1] + [2] * 5 and data["test"].failures == 2
-    model = create("vit-nano", "mpvg", num_classes=3).eval()
-    found = train.evaluate(model, data["test"], dict(precision="fp32", data="imagenet"), torch.device("cpu"))
+    model, shapes = create("vit-nano", "mpvg", num_classes=3).eval(), []
     logits, seen = model(train.normalise(x, "imagenet")), y >= 0
+    data["test"].test_batches = partial(data["test"].test_batches, batch_size=4)
+    model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    found = train.evaluate(model, data["test"], dict(precision="fp32", data="imagenet"), torch.device("cpu"))
+    assert shapes == [(4, 3, 32, 32)] * 4                                       # the last of 15 images are padded
     assert found["test_accuracy"] == pytest.approx(100 * (logits.argmax(1) == y)[seen].float().mean().item())
     assert found["test_loss"] == pytest.approx(F.cross_entropy(logits[seen], y[seen]).item(), rel=1e-5)
 
@@ -987,8 +891,6 @@ def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
         for (x, y), parts in zip(whole, shares, strict=True):
             assert torch.equal(torch.cat([part[0] for part in parts]), x)
             assert torch.equal(torch.cat([part[1] for part in parts]), y)
-    again, other = (next(train.train_batches(data, recipe, config, epoch))[0] for epoch in (2, 3))
-    assert torch.equal(again, whole[0][0]) and not torch.equal(other, again)
     tests = train.ArrayData(*make_numbers(40, 2)) if kind == "arrays" else load_files(files)["test"]
     shares = [image for rank in range(3) for x, _ in tests.test_batches(rank, 3, 5) for image in x]
     whole = [image for x, _ in tests.test_batches() for image in x]
@@ -1022,16 +924,6 @@ def test_fraction_is_balanced_and_chosen_by_seed(monkeypatch):
 
 # --------------------------------------------------------------------------------------------------- train.py: runs
 
-@cache
-def small_data(root, train):
-    """In place of numbers and CIFAR-100: 200 training and 40 test images."""
-    return make_numbers(200, 1) if train else make_numbers(40, 2)
-
-
-for _name in ("numbers", "cifar100"):
-    train.DATASETS[_name] = dataclasses.replace(train.DATASETS[_name], load=small_data)
-
-
 @pytest.fixture
 def cli(tmp_path):
     """Runs train.py's command on small data; runs go to tmp_path."""
@@ -1062,9 +954,8 @@ MPVG = "mpvg-vit-nano-numbers-seed0"
 def trained(tmp_path_factory):
     """The folder of a finished run of three epochs on 200 numbers, and what it printed."""
     runs = tmp_path_factory.mktemp("trained")
-    result = run_cli(train.main, "--device", "cpu", "--runs", runs, "--epochs", 3, "--lr", 0.01, "--batch-size", 20,
-                     "--pe", "layerwise", "--pool", "gap", "--mpvg")
-    assert result.code == 0, result.err
+    result = ok(run_cli(train.main, "--device", "cpu", "--runs", runs, "--epochs", 3, "--lr", 0.01, "--batch-size", 20,
+                        "--pe", "layerwise", "--pool", "gap", "--mpvg"))
     return runs / MPVG, result.out
 
 
@@ -1082,22 +973,11 @@ def test_a_run_leaves_its_record(trained):
         ".lock", "best.pt", "config.json", "last.pt", "log.jsonl"]
 
 
-def test_evaluate_pads_the_last_batch():
-    model, (x, y), seen = create("vit-nano", "mpvg").eval(), make_numbers(50, 2), []
-    logits, test = model((x / 255 - 0.5) / 0.3), train.ArrayData(x, y)
-    test.test_batches = partial(test.test_batches, batch_size=16)
-    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    found = train.evaluate(model, test, dict(precision="fp32", data="numbers"), torch.device("cpu"))
-    assert seen == [(16, 3, 32, 32)] * 4
-    assert found == dict(test_accuracy=pytest.approx((logits.argmax(1) == y).float().mean().item() * 100),
-                         test_loss=pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5))
-
-
 def plain_loop(recipe, method, data, seed):
     """What `train.py` must do without augmentation, written out on its own. -> model, losses, accuracies."""
     torch.manual_seed(seed)
     model = create("vit-nano", method)
-    tables = {"pos_embed"} if not recipe["decay_pe"] else set()
+    tables = set() if recipe["decay_pe"] else {"pos_embed", "last_pos_embed", "cls_token"}
     decays = {n: p.ndim >= 2 and n not in tables for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([
         dict(params=[p for n, p in model.named_parameters() if decays[n]], weight_decay=recipe["weight_decay"]),
@@ -1112,9 +992,10 @@ def plain_loop(recipe, method, data, seed):
             rows = order[i * size:(i + 1) * size]
             t = epoch + (i / steps if recipe["lr_per"] == "step" else 0)
             warmup, length = recipe["warmup_epochs"], recipe["epochs"] - recipe["cooldown_epochs"]
+            lr, start, end = (recipe[name] for name in ("lr", "warmup_lr", "min_lr"))
             for group in optimizer.param_groups:
-                group["lr"] = (1e-6 + (recipe["lr"] - 1e-6) * t / warmup if t < warmup else recipe["min_lr"] +
-                               (recipe["lr"] - recipe["min_lr"]) * (1 + math.cos(math.pi * min(t / length, 1))) / 2)
+                group["lr"] = (start + (lr - start) * t / warmup if t < warmup else
+                               end + (lr - end) * (1 + math.cos(math.pi * min(t / length, 1))) / 2)
             optimizer.zero_grad()
             logs = model((images[rows] / 255 - mean) / std).log_softmax(1)
             nll, smooth = -logs[torch.arange(size), labels[rows]], recipe["label_smoothing"]
@@ -1129,17 +1010,17 @@ def plain_loop(recipe, method, data, seed):
     return model, losses, accuracies
 
 
-@pytest.mark.parametrize("data, lr_per, seed", [("numbers", "step", 0), ("cifar100", "epoch", 5)])
-def test_a_run_is_the_plain_loop(cli, tmp_path, data, lr_per, seed):
-    changes = dict(weight_decay=0.2, label_smoothing=0.3, warmup_epochs=0.6, cooldown_epochs=1, crop_scale=1, flip=0,
-                   ra_ops=0, mixup=0, cutmix=0, erase=0, lr_per=lr_per)
+@pytest.mark.parametrize("data, method, lr_per, seed", [                        # cifar100 also decays the PE
+    ("numbers", "mpvg-free", "step", 0), ("numbers", "default", "epoch", 1), ("cifar100", "mpvg", "epoch", 5)])
+def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
+    changes = dict(weight_decay=2, label_smoothing=0.3, warmup_epochs=0.6, cooldown_epochs=1, crop_scale=1, flip=0,
+                   ra_ops=0, mixup=0, cutmix=0, erase=0, lr_per=lr_per, min_lr=1e-3, warmup_lr=2e-3)
     recipe = dataclasses.asdict(train.DATASETS[data].recipe) | changes | dict(epochs=3, batch_size=48, lr=0.004)
-    result = cli("--model", "vit-nano", "--seed", seed, "--epochs", 3, "--batch-size", 48, "--lr", 0.004, "--recipe",
-                 ",".join(f"{name}={value}" for name, value in changes.items()), data=data)
-    assert result.code == 0, result.err
-    folder = tmp_path / f"mpvg-vit-nano-{data}-seed{seed}"
-    model, losses, accuracies = plain_loop(recipe, "mpvg", data, seed)
-    assert [line["loss"] for line in log_of(folder)] == pytest.approx(losses, rel=1e-4)
+    ok(cli("--model", "vit-nano", "--method", method, "--seed", seed, "--epochs", 3, "--batch-size", 48, "--lr", 0.004,
+           "--recipe", ",".join(f"{name}={value}" for name, value in changes.items()), data=data))
+    folder = tmp_path / f"{method}-vit-nano-{data}-seed{seed}"
+    model, losses, accuracies = plain_loop(recipe, method, data, seed)
+    assert [line["loss"] for line in log_of(folder)] == pytest.approx(losses, rel=1e-5)
     assert [line["test_accuracy"] for line in log_of(folder)] == pytest.approx(accuracies, abs=0.01)
     for name, value in load(folder)["model"].items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=2e-4)
@@ -1156,7 +1037,6 @@ def configure(*flags):
     (["--pe", "none"], "gap", {"pe": "none"}),
     (["--pe", "none", "--pool", "cls"], "default", {"pe": "none"}),
     (["--mpvg"], "mpvg", {}),
-    (["--method", "mpvg-free"], "mpvg-free", {}),
     (["--method", "mpvg:last_pe=2"], "mpvg", {"last_pe": 2}),
     (["--method", "mpvg:last_pe=None"], "mpvg", {"last_pe": None}),
     (["--method", "gap:pe=none"], "gap", {"pe": "none"}),
@@ -1167,10 +1047,6 @@ def configure(*flags):
 def test_flags_name_a_model(flags, method, overrides):
     config = configure("--device", "cpu", *flags)
     assert (config["method"], config["overrides"], config["data"]) == (method, overrides, "numbers")
-    model, expected = train.build_model(config), create("vit-nano", method, **overrides)
-    assert dict(model.named_parameters()).keys() == dict(expected.named_parameters()).keys()
-    for toggle in ("last_pe", "hierarchical", "add_input", "pool"):
-        assert getattr(model, toggle) == getattr(expected, toggle)
     folder = train.run_folder(dict(name=None, runs=Path("r")), config)
     assert folder == Path("r", method + "".join(f"-{k}={v}" for k, v in overrides.items()) + "-vit-nano-numbers-seed0")
 
@@ -1187,9 +1063,8 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
     def trained_with(**changes):
         """-> the configuration of a small model's run, and some of its weights."""
         recipe = ",".join(f"{name}={value}" for name, value in (dict(epochs=3, batch_size=50) | changes).items())
-        result = cli("--model", "vit-nano", "--method", "mpvg:depth=2:dim=32:heads=2", "--name", "run", "--overwrite",
-                     "--recipe", recipe, data="cifar100")
-        assert result.code == 0, result.err
+        ok(cli("--model", "vit-nano", "--method", "mpvg:depth=2:dim=32:heads=2", "--name", "run", "--overwrite",
+               "--recipe", recipe, data="cifar100"))
         saved = load(tmp_path / "run")
         return saved["config"], saved["model"]["blocks.1.mlp.fc1.weight"]
 
@@ -1228,9 +1103,9 @@ def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **how: asked.append(how) or real(
         model, backend="aot_eager", **how))
     for name, flags in dict(plain=[], compiled=["--compile", "on"], half=["--precision", "bf16"]).items():
-        result = cli("--epochs", 2, "--method", "mpvg:drop_path=0.2:depth=2:dim=32:heads=2", "--batch-size", 50,
-                     "--name", name, *flags)
-        assert result.code == 0 and ("compiled in" in result.out) == (name == "compiled"), result.err
+        result = ok(cli("--epochs", 2, "--method", "mpvg:drop_path=0.2:depth=2:dim=32:heads=2", "--batch-size", 50,
+                        "--name", name, *flags))
+        assert ("compiled in" in result.out) == (name == "compiled")
     assert asked == [dict(fullgraph=True, dynamic=False)]
     plain, compiled, half = (load(tmp_path / name) for name in ("plain", "compiled", "half"))
     assert compiled["model"].keys() == plain["model"].keys()
@@ -1242,10 +1117,10 @@ def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
 
 def test_init_and_freeze(cli, trained, tmp_path):
     first, weights = trained[0], load(trained[0])["model"]
-    result = cli("--epochs", 1, "--lr", 0, "--init", first, "--name", "same")
-    assert result.code == 0 and f"starts from {first}, with its head" in result.out, result.err
+    result = ok(cli("--epochs", 1, "--lr", 0, "--init", first, "--name", "same"))
+    assert f"starts from {first}, with its head" in result.out
     torch.testing.assert_close(load(tmp_path / "same")["model"], weights, rtol=0, atol=0)
-    assert cli("--epochs", 1, "--init", first / "last.pt", "--freeze", "--name", "probe").code == 0
+    ok(cli("--epochs", 1, "--init", first / "last.pt", "--freeze", "--name", "probe"))
     for name, value in load(tmp_path / "probe")["model"].items():
         assert torch.equal(value, weights[name]) == (not name.startswith("head")), name
     ten = weights | {"head.weight": weights["head.weight"][:10], "head.bias": weights["head.bias"][:10]}
@@ -1274,32 +1149,27 @@ def test_init_from_a_class_tokens_weights(cli, tmp_path):
 def deit(dim=192):
     """A state dict with the names and shapes of DeiT's published deit_*_patch16_224 files."""
     shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 197, dim), "patch_embed.proj.weight": (dim, 3, 16, 16),
-              "patch_embed.proj.bias": (dim,)}
-    for i in range(12):
-        block = {"norm1.weight": (dim,), "norm1.bias": (dim,), "attn.qkv.weight": (3 * dim, dim),
-                 "attn.qkv.bias": (3 * dim,), "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,),
-                 "norm2.weight": (dim,), "norm2.bias": (dim,), "mlp.fc1.weight": (4 * dim, dim),
-                 "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}
-        shapes |= {f"blocks.{i}.{part}": shape for part, shape in block.items()}
-    shapes |= {"norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (1000, dim), "head.bias": (1000,)}
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+              "patch_embed.proj.bias": (dim,), "head.weight": (1000, dim), "head.bias": (1000,)}
+    norms = ["norm", *(f"blocks.{i}.norm{n}" for i in range(12) for n in (1, 2))]
+    shapes |= {f"{name}.{part}": (dim,) for name in norms for part in ("weight", "bias")}
+    for i, (name, rows, columns) in itertools.product(range(12), (
+            ("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4))):
+        shapes |= {f"blocks.{i}.{name}.weight": (rows * dim, columns * dim), f"blocks.{i}.{name}.bias": (rows * dim,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
-def test_the_published_files_of_deit_and_lape_load(tmp_path, files, cli):
-    """Theirs are {"model": state dict}, LaPE's with what a training run needs beside it. Then at another size."""
-    torch.save({"model": deit()}, tmp_path / "deit.pth")
-    model = load_weights(create("deit-tiny", "default"), tmp_path / "deit.pth")
-    torch.testing.assert_close(dict(model.state_dict()), deit(), rtol=0, atol=0)
-    lape = deit() | {f"blocks.{i}.pe_norm.{part}": torch.randn(192) for i in range(12) for part in ("weight", "bias")}
-    torch.save({"model": lape, "optimizer": torch.optim.AdamW(model.parameters()).state_dict(), "epoch": 299,
-                "scaler": {"scale": 65536.0}, "args": argparse.Namespace(lr=5e-4)}, tmp_path / "lape.pth")
-    result = cli("--data-dir", files, "--model", "deit-tiny", "--method", "lape", "--init", tmp_path / "lape.pth",
-                 "--image-size", 48, "--batch-size", 48, "--epochs", 1, "--lr", 0, data="imagenet")
-    assert result.code == 0 and "lape.pth, with a new head" in result.out, result.err
-    tuned = load(tmp_path / "lape-deit-tiny-imagenet-seed0")["model"]
-    assert torch.equal(tuned["pos_embed"], resize_pos_embed(lape["pos_embed"], (14, 14), (3, 3), prefix=1))
-    assert torch.equal(tuned["blocks.11.pe_norm.weight"], lape["blocks.11.pe_norm.weight"])
+def test_the_published_files_of_deit_and_lape_load(tmp_path):
+    """Theirs are {"model": state dict}, LaPE's with what a training run needs beside it, here read at another size."""
+    state, path = deit(), tmp_path / "model.pth"
+    torch.save({"model": state}, path)
+    model = load_weights(create("deit-tiny", "default"), path)
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    state |= {f"blocks.{i}.pe_norm.{part}": torch.randn(192) for i in range(12) for part in ("weight", "bias")}
+    torch.save({"model": state, "optimizer": torch.optim.AdamW(model.parameters()).state_dict(), "epoch": 299,
+                "scaler": {"scale": 65536.0}, "args": argparse.Namespace(lr=5e-4)}, path)
+    model = load_weights(create("deit-tiny", "lape", image_size=48), path)
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], (14, 14), (3, 3), prefix=1)
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
 
 
 def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
@@ -1316,9 +1186,8 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     evaluation = partial(run_cli, train.main, "eval", folder, "--device", "cpu", "--data-dir", files)
     assert f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 13 images" in evaluation().out
     for other in (["--image-size", 40], ["--crop-ratio", 1]):
-        result = evaluation(*other)
-        assert result.code == 0 and f"loss {last['test_loss']:.4f}" not in result.out
-    assert run_cli(train.main, "report", folder, "--data-dir", files, "--out", tmp_path / "figures").code == 0
+        assert f"loss {last['test_loss']:.4f}" not in ok(evaluation(*other)).out
+    ok(run_cli(train.main, "report", folder, "--data-dir", files, "--out", tmp_path / "figures"))
     assert json.loads((folder / "mechanism.json").read_text())["cosine"] <= 1
     (tmp_path / "val" / "a").mkdir(parents=True)
     shutil.copy(next((files / "val").glob("*/*.JPEG")), tmp_path / "val" / "a" / "x.JPEG")
@@ -1326,21 +1195,6 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------- train.py: runs that survive
-
-def equal_runs(a, b):
-    """Bit for bit, but for the clock."""
-    a, b = load(a), load(b)
-    torch.testing.assert_close([a["model"], a["optimizer"]], [b["model"], b["optimizer"]], rtol=0, atol=0)
-    clock = dict(seconds=0, images_per_second=0)
-    assert [line | clock for line in a["log"]] == [line | clock for line in b["log"]]
-
-
-def start(main):
-    """A forked process that runs main(): it has the small data and need not import torch."""
-    process = multiprocessing.get_context("fork").Process(target=main)
-    process.start()
-    return process
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("data", ["cifar100", "imagenet"])
@@ -1356,7 +1210,9 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     while 0 not in ends:
-        process = start(lambda: os._exit(run_cli(train.main, *flags).code))
+        process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run_cli(train.main, *flags).code))
+        process.start()                                                         # a fork has the small data
+        os.setpgid(process.pid, process.pid)                                    # torch's worker could stay for ever
         until = epochs() + random.choice((0, 1))
         while process.is_alive() and epochs() < until:
             time.sleep(0.01)
@@ -1364,21 +1220,17 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
         if process.is_alive():
             if len(ends) == 1:                                                  # nobody else may train there
                 one_line(cli(*flags, data=data), "another process is training in")
-            os.kill(process.pid, (signal.SIGKILL, signal.SIGINT)[len(ends) % 2])
+            os.killpg(process.pid, (signal.SIGKILL, signal.SIGINT)[len(ends) % 2])
         process.join()
         ends.append(process.exitcode)
         assert len(ends) < 60
     assert -9 in ends and {*ends} <= {0, -9, 130, 1}, ends
-    equal_runs(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = (load(tmp_path / name) for name in ("whole", "killed"))
+    torch.testing.assert_close([whole["model"], whole["optimizer"]], [killed["model"], killed["optimizer"]],
+                               rtol=0, atol=0)
+    clock = dict(seconds=0, images_per_second=0)
+    assert [line | clock for line in whole["log"]] == [line | clock for line in killed["log"]]
     assert not [*(tmp_path / "killed").glob("*.tmp")]
-
-
-def test_ctrl_c_says_how_to_go_on(cli, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "save_checkpoint", interrupt)
-    result = cli("--epochs", 1)
-    assert result.code == 130 and "log.jsonl are saved, --resume continues after them" in result.out
 
 
 def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
@@ -1407,6 +1259,12 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
             raise OSError(28, "No space left on device", str(folder / "last.pt.tmp"))
         patch.setattr(os, "fsync", full)
         one_line(cli(*flags, "--overwrite"), "best.pt cannot be written (No space left on device); earlier files")
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+        patch.setattr(train, "save_checkpoint", interrupt)
+        result = cli(*flags, "--overwrite")
+        assert result.code == 130 and "log.jsonl are saved, --resume continues after them" in result.out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (folder / "mechanism.json").write_text("{}")                                # of the weights that are replaced
     assert cli("--epochs", 2, "--batch-size", 50, "--overwrite").code == 0 and len(log_of(folder)) == 2
@@ -1438,7 +1296,8 @@ sys.path.insert(0, sys.argv.pop(1))
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double                             # all arithmetic in float64
 import train
-lr_at, calls, (rank, call) = train.lr_at, [], map(int, sys.argv.pop(1).split(","))
+rank, call = map(int, sys.argv.pop(1).split(","))
+calls, lr_at = [], train.lr_at
 def planted(*args):                                                  # at its n-th step a process kills itself
     calls.append(1)
     if (train.RANK, len(calls)) == (rank, call):
@@ -1451,29 +1310,19 @@ train.main()
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 def test_one_process_two_and_parts_are_the_same_run(files, tmp_path):
     """One of two is killed in epoch 2; then two go on and, from a copy, one alone."""
     (tmp_path / "driver.py").write_text(DRIVER)
     runs = tmp_path / "disk0" / "runs"
 
     def run(name, *flags, processes=1, kill="0,0"):
-        arguments = [*map(str, (
-            tmp_path / "driver.py", ROOT, kill, "--data", "imagenet", "--device", "cpu", "--data-dir", files,
-            "--model", "vit-nano", "--image-size", 32, "--batch-size", 12, "--epochs", 3, "--lr", 0.004,
-            "--recipe", "erase=0", "--name", name, *flags))]
-        if processes > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            return subprocess.run([sys.executable, *torchrun, *arguments], capture_output=True, text=True,
-                                  cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1"))
-
-        def main():
-            os.chdir(tmp_path)
-            sys.argv = arguments
-            runpy.run_path(arguments[0])
-        process = start(main)
-        process.join()
-        return SimpleNamespace(returncode=process.exitcode)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        command = [sys.executable, *(torchrun if processes > 1 else []), tmp_path / "driver.py", ROOT, kill,
+                   "--data", "imagenet", "--device", "cpu", "--data-dir", files, "--model", "vit-nano",
+                   "--image-size", 32, "--batch-size", 12, "--epochs", 3, "--lr", 0.004, "--recipe", "erase=0",
+                   "--name", name, *flags]
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path,
+                              env=dict(os.environ, OMP_NUM_THREADS="1"))
 
     assert run("one").returncode == 0
     assert run("two", processes=2, kill="1,6").returncode != 0                  # of 4 steps an epoch
@@ -1506,22 +1355,20 @@ def test_one_process_two_and_parts_are_the_same_run(files, tmp_path):
     (["--method", "mpvg:num_classes=7"], "'num_classes=7' is not NAME=VALUE with a name of add_input, attn_drop"),
     (["--batch-size", "401"], "--batch-size: 401 is more than the 200 training images"),
     (["--recipe", "warmup_epochs=6"], "--recipe: warmup_epochs and cooldown_epochs leave none of the 6 epochs"),
+    (["sweep", "--epochs", "3"], "write the flags after sweep"),
     (["--recipe", "mixpu=1"], "--recipe: 'mixpu=1' is not NAME=VALUE with a name of epochs, batch_size, lr"),
     (["--recipe", "mixup=1e-300"], "--recipe: mixup and cutmix are 0 or at least 0.01"),
     (["--recipe", "batch_size=true"], "--recipe: batch_size=True is not of type int"),
     (["--recipe", "epochs=ten"], "--recipe: epochs=ten is not of type int"),
     (["--recipe", "erase=NaN"], "--recipe: erase=nan must be between 0 and 1"),
     (["--recipe", "lr_per=year"], "--recipe: lr_per=year is neither epoch nor step"),
-    (["--epochs", "0"], "epochs=0 must be between 1"),
     (["--device", "cuda:99"], "--device: cuda:99 is not available on this machine"),
     (["--device", "abacus"], "--device: abacus is not one of auto, cpu, cuda"),
     (["--name", "../up"], "--name: '../up' is not a single folder name"),
     (["--name", ".."], "is not a single folder name"),
-    (["--name", "ä" * 101], "is not a single folder name"),
     (["--compile", "graphs"], "--compile: graphs needs CUDA and one process"),
     (["--freeze"], "--freeze: it trains only the head, so it needs other weights: --init"),
     (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
-    (["--init", __file__], "cannot be loaded safely"),
     (["--runs", __file__], "error: [Errno "),
 ], ids=str)
 def test_a_users_mistake_gets_one_line(cli, flags, says):
@@ -1532,7 +1379,6 @@ def test_a_users_mistake_gets_one_line(cli, flags, says):
     (lambda root: (root / "val" / "c").rename(root / "val" / "d"), "they have 3 and 3 and differ in ['c', 'd']"),
     (lambda root: [shutil.rmtree(root / split / name) for split in ("train", "val") for name in "ab"],
      "need the same classes, two or more; they have 1 and 1"),
-    (lambda root: [path.unlink() for path in (root / "val" / "c").iterdir()], "Found no valid file for the classes c"),
     (lambda root: (root / "val").rename(root / "test"), "does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
 ])
 def test_a_folder_that_is_no_imagenet_is_refused(files, cli, tmp_path, damage, says):
@@ -1583,8 +1429,7 @@ def test_the_table_of_finished_runs(tmp_path):
     write_run(tmp_path / "f", [10.0, 20.0], method="pvg", lr=0.1)               # another setting: another table
     (tmp_path / "other").mkdir()
     folders = sorted(path for path in tmp_path.glob("*/"))
-    result = report(tmp_path, *folders)
-    assert result.code == 0, result.err
+    result = ok(report(tmp_path, *folders))
     for left_out in ("e", "other"):
         assert f"note: {tmp_path / left_out} is left out: it holds no finished run" in result.err
     rows = rows_of(result.out)
@@ -1643,12 +1488,8 @@ def test_contrasts(tmp_path):
     for method, seed in itertools.product(("default", "lape"), range(3)):        # the paper has no numbers
         write_run(tmp_path / "numbers" / f"{method}{seed}", [50.0 + seed], data="numbers", method=method, seed=seed)
     assert "Contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
-    for seed in range(4):                                                       # LaPE far under default
-        write_run(tmp_path / f"worse{seed}", [60.0 + 2 * seed], method="lape", seed=seed)
-        if seed >= 2:
-            worse = rows_of(report(tmp_path, *tmp_path.glob("default*"), *tmp_path.glob("worse*")).out)[-1]
-            verdict = "disagrees" if seed == 3 else ""                          # none under four seeds
-            assert [worse[1], *worse[3:5]] == [str(seed + 1), "98.75", verdict]  # one of four claims, still
+    few = rows_of(report(tmp_path, *tmp_path.glob("default[0-2]"), *tmp_path.glob("lape[0-2]")).out)[-1]
+    assert [few[1], *few[3:5]] == ["3", "98.75", ""]                            # one of four claims, still; no verdict
 
 
 def test_a_setting_names_what_differs_from_the_recipe():
@@ -1663,7 +1504,8 @@ def test_a_setting_names_what_differs_from_the_recipe():
     assert setting("--data", "cifar100", "--epochs", 6, "--recipe", "lr_per=epoch").endswith("fp32, lr_per epoch")
 
 
-@pytest.mark.parametrize("init, shown", [("{method}-x-seed{seed}", "METHOD-x-seedN"), ("lape-gap-x-seed10",) * 2])
+@pytest.mark.parametrize("init, shown", [
+    ("{method}-x-seed{seed}", "METHOD-x-seedN"), ("lape-gap-x-seed10", "lape-gap-x-seed10")])
 def test_runs_with_init_are_one_setting(tmp_path, init, shown):
     """From weights of the same method and seed, or all from the same weights; not from one another's."""
     for method, seed in itertools.product(("gap", "mpvg"), range(3)):
@@ -1722,24 +1564,12 @@ def test_measure_position_is_what_it_says(method):
     assert found["ordered"] == 100
 
 
-def test_shuffle_patches():
-    x = images(3)
-    shuffled = train.shuffle_patches(x, 4, torch.Generator().manual_seed(0))
-    order = []
-    for before, after in zip(*(part.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3).transpose(1, 2)
-                               for part in (x, shuffled))):                     # each (6, 3, 4, 4)
-        order.append([int((before == piece).flatten(1).all(1).nonzero()) for piece in after])
-    assert all(sorted(row) == [0, 1, 2, 3, 4, 5] for row in order) and order[0] != order[1]
-
-
 def test_eval_measures_again(trained, monkeypatch):
     folder, last, folded = trained[0], log_of(trained[0])[-1], []
     monkeypatch.setattr(train, "fold", lambda model: folded.append(1) or fold(model))
 
     def evaluation(*flags):
-        result = run_cli(train.main, "eval", *flags, "--device", "cpu")
-        assert result.code == 0, result.err
-        return result.out
+        return ok(run_cli(train.main, "eval", *flags, "--device", "cpu")).out
     measured = f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 40 images"
     assert evaluation(folder) == f"mpvg, vit-nano, numbers at 32x32, seed 0, epoch 3: test {measured}\n"
     assert f"mpvg, vit-nano, folded, numbers at 32x32, seed 0, epoch 3: test {measured}" in evaluation(folder, "--fold")
@@ -1759,24 +1589,17 @@ def test_eval_measures_again(trained, monkeypatch):
 def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     folder = tmp_path / MPVG
     shutil.copytree(trained[0], folder, ignore=shutil.ignore_patterns("mechanism.json"))
-    result = report(tmp_path, folder, draw=True)
-    assert result.code == 0, result.err
+    result = ok(report(tmp_path, folder, draw=True))
     model = load_weights(create("vit-nano", "mpvg"), folder / "last.pt").eval()
     *_, expected = train.measure(model, [(train.normalise(make_numbers(40, 2)[0], "numbers"), None)])
     found = json.loads((folder / "mechanism.json").read_text())
     assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
     assert found["offset"] == pytest.approx(expected["offset"], abs=1e-5) and len(found["beta"]) == 128
     assert found["beta_variance"] == pytest.approx(np.var(found["beta"], ddof=1))
-    *_, row, _, _, position = rows_of(result.out)
-    assert position[:3] == ["mpvg", f"{found['ordered']:.1f}", f"{found['shuffled']:.1f}"]
-    assert len(found["stream"]) == 4 and position[4] == " ".join(f"{value:.0f}" for value in found["normed"])
     torch.manual_seed(0)
     fresh = create("vit-nano", "mpvg")
     before = fresh.last_norm_pe(fresh.delivered_pe()).mean(1)[0].tolist()
     assert found["offset_before"] == pytest.approx(before, abs=1e-6)
-    assert row[:-1] == ["mpvg", "1", f"{found['beta_variance']:.5f}", f"{found['offset_variance']:.5f}",
-                        f"{found['cosine']:.3f}"]
-    assert row[-1] == " ".join("-" if value is None else f"{value:+.2f}" for value in found["correlation"])
     report(tmp_path, folder, "--images", 10)
     assert json.loads((folder / "mechanism.json").read_text())["cosine"] != found["cosine"]
     for path in folder.glob("*.pt"):
@@ -1790,20 +1613,13 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "figures").iterdir())
 
 
-@pytest.mark.parametrize("flags", [["--method=mpvg-shift"], ["--method=default"], ["--pe=none", "--pool=gap"]])
-def test_report_measures_every_kind_of_model(cli, tmp_path, flags):
-    assert cli(*flags, "--epochs", 1, "--name", "run").code == 0
-    result = report(tmp_path, tmp_path / "run", draw=True)
-    assert result.code == 0 and "index read from x" in result.out, result.err
-
-
-def test_report_passes_over_a_run_whose_data_are_not_there(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained[0], tmp_path / MPVG)
+def test_report_of_a_model_without_a_pe_and_then_without_its_data(cli, tmp_path, monkeypatch):
+    ok(cli("--pe", "none", "--pool", "gap", "--epochs", 1, "--name", "run"))
+    assert "index read from x" in ok(report(tmp_path, tmp_path / "run", draw=True)).out
     gone = dataclasses.replace(train.DATASETS["numbers"], load=lambda root, train: sys.exit(f"error: not in {root}"))
     monkeypatch.setitem(train.DATASETS, "numbers", gone)
-    result = report(tmp_path, tmp_path / MPVG, "--data-dir", "elsewhere")
-    assert result.code == 0 and rows_of(result.out)[2][0] == "mpvg"
-    assert f"{MPVG} is not measured (error: not in elsewhere)" in result.err
+    result = ok(report(tmp_path, tmp_path / "run", "--data-dir", "elsewhere"))
+    assert "index read from x" in result.out and "run is not measured (error: not in elsewhere)" in result.err
 
 
 def test_accumulate_splits_the_batch(cli, monkeypatch):
@@ -1830,16 +1646,14 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     """Processes of their own, two at once; again, it skips finished runs; a run that fails is named."""
     flags = ["--methods", "gap,mpvg:layer0=true", "--seeds", "1", "--jobs", "2", "--epochs", "1", "--batch-size", "12",
              "--data", "imagenet", "--data-dir", files, "--image-size", "32", "--model", "vit-nano", "--runs", tmp_path]
-    result = sweep(*flags)
-    assert result.code == 0, result.err
+    result = ok(sweep(*flags))
     table = (tmp_path / "sweep.md").read_text()
     names = ["gap-vit-nano-imagenet-seed0", "mpvg-layer0=True-vit-nano-imagenet-seed0"]
     assert table in result.out and [row[0] for row in rows_of(table)[2:]] == ["gap", "mpvg-layer0=True"]
     for name in names:
         assert load(tmp_path / name)["log"][-1]["epoch"] == 1 and f"finished {tmp_path / name}.txt" in result.out
         assert "51 images to train, 15 to test" in (tmp_path / f"{name}.txt").read_text()
-    for name in names:                                                          # a log is enough, with the same flags
-        (tmp_path / name / "last.pt").unlink()
+        (tmp_path / name / "last.pt").unlink()                                  # a log is enough, with the same flags
     path = tmp_path / names[1] / "config.json"
     path.write_text(path.read_text().replace('"flip": 0.5', '"flip": 0.4'))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
@@ -1853,19 +1667,10 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     (["--methods", "mpvg,rope"], "unknown method 'rope'"), (["--lr", "inf"], "lr=inf must be between 0"),
     (["--method", "mpvg"], "--method: sweep sets it"), (["--overwrite"], "--overwrite: sweep sets it"),
     (["--methods", "mpvg,", "lape"], "unexpected extra argument"), (["--surplus", "1"], "--surplus"),
-    (["--runs", __file__], "error: [Errno "),
 ], ids=str)
 def test_a_sweeps_mistake_ends_it_before_the_first_run(monkeypatch, flags, says):
-    def run(*_, **__):
-        raise AssertionError("a run was started")
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", None)                                # nothing can be started
     one_line(sweep(*flags), says)
-
-
-def test_a_subcommand_takes_its_flags_after_its_name():
-    for name in ("sweep", "eval", "report"):
-        one_line(run_cli(train.main, "--epochs", "3", name, "x"), f"write the flags after {name}")
-        assert run_cli(train.main, name, "--help").code == 0
 
 
 # ------------------------------------------------------------------------------------------- train.py: accelerators
@@ -1926,40 +1731,22 @@ def sizes(model, **overrides):
 
 
 @pytest.fixture
-def small_model(monkeypatch):
-    monkeypatch.setitem(MODELS, "vit-nano", SMALL)
-
-
-@pytest.fixture
-def quick_compiler(monkeypatch):
-    """torch.compile with Dynamo but without Inductor; the list holds the options of each call."""
+def quick(monkeypatch):
+    """A small model, and torch.compile with Dynamo but without Inductor; the list holds the options of each call."""
     compile_, calls = torch.compile, []
 
     def compile_without_inductor(function, **options):
         calls.append(options)
         return compile_(function, backend="eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"])
 
+    monkeypatch.setitem(MODELS, "vit-nano", SMALL)
     monkeypatch.setattr(torch, "compile", compile_without_inductor)
     return calls
 
 
-@pytest.fixture
-def cheap_limits(monkeypatch):
-    """Limits that take no time. before_round(n), if set, is called in round n."""
-    hooks = SimpleNamespace(before_round=lambda n: None)
-
-    def make_limits(*_):
-        copy = bench.Contestant("copy", lambda: hooks.before_round(len(copy.seconds)), work=1)
-        return copy, bench.Contestant("matmul", lambda: None, work=1)
-
-    monkeypatch.setattr(bench, "make_limits", make_limits)
-    monkeypatch.setattr(bench.Contestant, "warm_up", lambda one, device: one.time(device))
-    return hooks
-
-
 def small_run(*flags):
-    return ("--quick", "--device", "cpu", "--peers", "none", "--tables", "inference-eager", "--rounds", 3,
-            "--batch", 4, *flags)
+    return run_cli(bench.main, "--quick", "--device", "cpu", "--peers", "none", "--tables", "inference-eager",
+                   "--rounds", 3, "--batch", 4, *flags)
 
 
 @pytest.mark.parametrize("model", ["vit-nano", "vit-lite"])
@@ -2041,20 +1828,17 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
     assert "300 (200-300)" in text and max(map(len, text.splitlines())) <= 100
 
 
-def test_without_a_rival_there_is_no_ratio():
-    for row in summary(lape=[0.1] * 3, mpvg=[0.2] * 3, training=True)["rows"]:
-        assert row["speed_to_plain"] is row["speed_to_best_peer"] is row["plain"] is row["best_peer"] is None
-        assert row["images_per_second"] == pytest.approx(2 / row["seconds"][0])
-
-
 def test_the_verdict_is_mpvg_beside_gap():
     tables = {"inference-eager": summary(default=[1.0] * 3, gap=[0.99, 1.0, 1.02], mpvg=[1.0, 1.0, 1.0]),
               "training-eager": summary(gap=[0.9, 0.9, 0.9], mpvg=[1.0, 1.0, 1.0])}
     assert bench.verdict(tables) == (
         "mpvg's speed relative to gap's, median (95 % interval): 1.000 (0.990 to 1.020) in inference-eager, "
         "0.900 (0.900 to 0.900) in training-eager.")
-    alone = {"inference-eager": summary(default=[1.0] * 3, mpvg=[0.9] * 3)}     # a class token is another model
-    assert "not measured" in bench.verdict(alone)
+    alone = summary(lape=[0.1] * 3, mpvg=[0.2] * 3, training=True)
+    assert "not measured" in bench.verdict({"training-eager": alone})           # a class token is another model
+    for row in alone["rows"]:
+        assert row["speed_to_plain"] is row["speed_to_best_peer"] is row["plain"] is row["best_peer"] is None
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"][0])
 
 
 def test_the_interval_of_a_median():
@@ -2067,25 +1851,7 @@ def test_the_interval_of_a_median():
         assert sum(low <= 1 <= high for _, low, high in found) / 2000 == pytest.approx(covers, abs=0.02)
 
 
-def test_contestants_take_turns(monkeypatch, cheap_limits):
-    order = []
-
-    def make_contestant(name, *_):
-        one = bench.Contestant(name, lambda: order.append(name), "gap")
-        one.facts = dict(memory_bytes=None, compile_seconds=None, attention=None)
-        return one
-
-    monkeypatch.setattr(bench, "make_contestant", make_contestant)
-    cheap_limits.before_round = order.append
-    s = SimpleNamespace(sizes=sizes("vit-nano"), batch=2, dtype=torch.float32, device=torch.device("cpu"), rounds=8)
-    table = bench.run_table("training-eager", ["gap", "mpvg", "mpvg-folded"], s)
-    assert [row["name"] for row in table["rows"]] == ["gap", "mpvg"]            # folded models do not train
-    assert order[1::4] == [*range(8)]
-    rounds = {tuple(order[i:i + 3]) for i in range(2, len(order), 4)}           # one unrecorded call, then a turn each
-    assert rounds == {("mpvg", "gap", "mpvg"), ("gap", "mpvg", "gap")}          # in random order
-
-
-def test_memory_is_what_is_held_and_what_a_call_allocates():
+def test_memory_is_what_is_held_and_what_a_call_allocates(quick):
     def call():
         first = torch.ones(2 ** 18)                                             # 1 MiB
         second = torch.ones(2 ** 19)
@@ -2098,6 +1864,8 @@ def test_memory_is_what_is_held_and_what_a_call_allocates():
     assert pool == "gap" and folded.last_pe is None
     x = torch.randn(2, 3, 32, 32)
     assert "attention" in bench.look_inside(lambda: folded(x), 0, torch.device("cpu"))[1]
+    assert make("gap", "inference-compiled", mode="reduce-overhead").facts["memory_bytes"] is None  # graphs have pools
+    assert quick == [dict(fullgraph=True, dynamic=False, mode="reduce-overhead")]
 
 
 def make(name, table, dtype=torch.float32, mode="default"):
@@ -2124,56 +1892,34 @@ def test_inference_has_weights_of_the_dtype_and_training_has_autocast_and_an_opt
     assert one.facts["compile_seconds"] is None and not one.events
 
 
-def test_what_torch_compile_does_is_counted(monkeypatch, quick_compiler):
-    for table in ("training-compiled", "inference-compiled"):
-        one = make("gap", table, mode="max-autotune-no-cudagraphs")             # other contestants' graphs do not count
-        assert one.events == {"compiled graphs": 1} and one.facts["compile_seconds"] is not None
-        assert quick_compiler.pop() == dict(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-    assert make("gap", "inference-compiled", mode="reduce-overhead").facts["memory_bytes"] is None
-    forward = torchvision.models.VisionTransformer.forward
-    monkeypatch.setattr(torchvision.models.VisionTransformer, "forward",
-                        lambda *x: torch._dynamo.graph_break() or forward(*x))
-    assert make("torchvision", "inference-compiled").events["graph breaks"] > 0
-    assert not quick_compiler.pop()["fullgraph"]
+def test_a_broken_graph_is_a_note_for_a_peer_and_a_second_graph_an_error_for_ours(monkeypatch, quick):
+    scale = [1]                                                                 # torch.compile takes it for a constant
+
+    def make_limits(*_):                                                        # in round 1 it changes
+        copy = bench.Contestant("copy", lambda: scale.__setitem__(0, 1 + (len(copy.seconds) == 1)), work=1)
+        return copy, bench.Contestant("matmul", lambda: None, work=1)
+
+    def broken(model, x, forward=torchvision.models.VisionTransformer.forward):
+        torch._dynamo.graph_break()
+        return forward(model, x)
+
+    monkeypatch.setattr(bench, "make_limits", make_limits)
+    monkeypatch.setattr(torchvision.models.VisionTransformer, "forward", broken)
+    flags = "--tables", "inference-compiled", "--methods", "default", "--peers"
+    done = ok(small_run(*flags, "torchvision"))
+    assert re.search(r"torchvision is not one compiled graph but .* graph breaks", done.out)
+    assert [options["fullgraph"] for options in quick] == [True, False]
+    forward = ViT.forward
+    monkeypatch.setattr(ViT, "forward", lambda model, x: forward(model, x) * scale[0])
+    one_line(small_run(*flags, "none"), "default must be one compiled graph, not 2 compiled graphs")
 
 
-def test_a_recompilation_is_an_error_for_ours_and_a_note_for_a_peer(monkeypatch, small_model, quick_compiler,
-                                                                    cheap_limits):
-    state = dict(scale=1)                                                       # torch.compile takes it for a constant
-    cheap_limits.before_round = lambda n: state.update(scale=1 + (n == 1))      # 1 again when a run ends
-    for cls, code, says in (
-            (torchvision.models.VisionTransformer, 0, "torchvision is not one compiled graph but 2 compiled graphs"),
-            (ViT, 1, "error: inference-compiled: default must be one compiled graph, not 2 compiled graphs\n")):
-        with monkeypatch.context() as patch:
-            patch.setattr(cls, "forward", lambda model, x, forward=cls.forward: forward(model, x) * state["scale"])
-            done = run_cli(bench.main, *small_run("--peers", "torchvision", "--tables", "inference-compiled",
-                                                  "--methods", "default"))
-        assert done.code == code and says in done.out + done.err, done.err
-
-
-def test_a_missing_peer_is_named_and_a_failing_one_is_noted(monkeypatch, small_model, cheap_limits, tmp_path):
-    def fails(*args, **options):
-        raise RuntimeError("no such model\nand more")
-
-    monkeypatch.setitem(sys.modules, "timm", None)                              # as if it were not installed
-    monkeypatch.setattr("torchvision.models.VisionTransformer", fails)
-    done = run_cli(bench.main, *small_run("--peers", "timm,torchvision", "--methods", "default",
-                                          "--json", tmp_path / "new" / "x.json"))
-    assert done.code == 0 and "timm not installed" in " ".join(done.out.split())
-    assert "torchvision failed: no such model (left out)" in done.out and "and more" not in done.out
-    saved = json.loads((tmp_path / "new" / "x.json").read_text())
-    assert [row["name"] for row in saved["tables"]["inference-eager"]["rows"]] == ["default"]
-    assert saved["header"]["timm"] == "not installed" and saved["header"]["torchvision"] != "not installed"
-
-
-@pytest.mark.parametrize("where", ["make_contestant", "make_limits"])
-def test_lack_of_memory_ends_in_one_line(monkeypatch, small_model, cheap_limits, where):
+def test_lack_of_memory_ends_in_one_line(monkeypatch):
     def fails(*_):
         raise RuntimeError("can't allocate memory: 1 TB\nframe #0: c10")        # CUDA's error is a subclass
 
-    monkeypatch.setattr(bench, where, fails)
-    done = run_cli(bench.main, *small_run())
-    assert done.code == 1 and "memory" in done.err and done.err.count("\n") == 1 and "frame" not in done.err
+    monkeypatch.setattr(bench, "make_limits", fails)
+    one_line(small_run(), "error: can't allocate memory: 1 TB: lower --batch")
 
 
 def test_every_flag_has_its_effect(monkeypatch):
@@ -2187,27 +1933,22 @@ def test_every_flag_has_its_effect(monkeypatch):
     def settings(*flags):
         """-> the tables and contestants that the command would time, and how."""
         seen.clear()
-        done = run_cli(bench.main, "--device", "cpu", *flags)
-        assert done.code == 0, done.err
+        ok(run_cli(bench.main, "--device", "cpu", *flags))
         names, s = next(iter(seen.values()))
         return SimpleNamespace(tables=[*seen], names=names, **vars(s))
 
-    default = settings()
+    default, quick = settings(), settings("--quick")
     assert default.tables == [*bench.TABLES] and default.sizes == sizes("deit-tiny", attn_drop=0.0, drop_path=0.0)
     assert default.names == ["default", "gap", "lape", "pvg", "mpvg", "mpvg-folded", "torchvision", "timm", "timm gap"]
     assert (default.batch, default.dtype, default.mode, default.rounds) == (16, torch.float32, "default", 20)
-    assert default.device == torch.device("cpu")
-    quick = settings("--quick")
-    assert quick.tables == [*bench.TABLES[:3]] and quick.rounds == 10
+    assert quick.tables == [*bench.TABLES[:3]] and (quick.batch, quick.rounds) == (128, 10)
     assert quick.names == ["default", "gap", "mpvg", "torchvision"] and quick.sizes["depth"] == 4
-    assert settings("--methods", "gap,lape-folded", "--quick").names == ["gap", "lape-folded", "torchvision"]
-    assert settings("--quick", "--peers", "none").names == ["default", "gap", "mpvg"]
-    assert settings("--methods", "mpvg", "--peers", "timm, torchvision").names == ["mpvg", "timm gap"]
-    assert settings("--model", "vit-lite").sizes == sizes("vit-lite", attn_drop=0.0, drop_path=0.0)
-    assert settings("--model", "vit-lite").batch == 128 and settings("--batch", 3).batch == 3
-    assert settings("--dtype", "bf16").dtype == torch.bfloat16 and settings("--rounds", 4).rounds == 4
-    assert settings("--mode", "max-autotune-no-cudagraphs").mode == "max-autotune-no-cudagraphs"
-    assert settings("--tables", "training-eager, inference-eager").tables == ["training-eager", "inference-eager"]
+    other = settings("--quick", "--model", "vit-lite", "--methods", "mpvg", "--peers", "timm, torchvision",
+                     "--tables", "training-eager, inference-eager", "--batch", 3, "--dtype", "bf16",
+                     "--mode", "max-autotune-no-cudagraphs", "--rounds", 4)
+    assert other.tables == ["training-eager", "inference-eager"] and other.names == ["mpvg", "timm gap"]
+    assert other.sizes == sizes("vit-lite", attn_drop=0.0, drop_path=0.0)
+    assert (other.batch, other.dtype, other.mode, other.rounds) == (3, torch.bfloat16, "max-autotune-no-cudagraphs", 4)
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -2217,37 +1958,55 @@ def test_every_flag_has_its_effect(monkeypatch):
     (["--tables", "training"], "--tables: unknown 'training'"),
     (["--mode", "reduce-overhead"], "--mode: reduce-overhead uses CUDA graphs"),
     (["--device", "nowhere"], "--device"),
-    (["--json", "{folder}"], "--json"),
-])
-def test_a_bad_flag_is_named(tmp_path, flags, says):
-    done = run_cli(bench.main, "--device", "cpu", *(str(flag).format(folder=tmp_path) for flag in flags))
-    assert done.code == 2 and says in re.sub(r"'(--\w+)'", r"\1", done.err) and done.out == ""
-    (tmp_path / "file").touch()                                                 # no folder, said before the first table
-    done = run_cli(bench.main, "--json", tmp_path / "file" / "x.json")
-    assert done.code == 1 and done.err.startswith("error: ") and done.out == ""
+    (["--json", ROOT], "--json"),
+    (["--json", Path(__file__) / "x.json"], "error: [Errno "),                  # no folder
+], ids=str)
+def test_a_bad_flag_is_named(flags, says):
+    done = run_cli(bench.main, "--device", "cpu", *flags)
+    done.err = re.sub(r"'(--\w+)'", r"\1", done.err)
+    one_line(done, says)
+    assert done.out == ""                                                       # said before the first table
 
 
-def test_from_end_to_end_and_json_holds_what_is_printed(small_model, quick_compiler, tmp_path):
-    flags = small_run("--tables", "training-eager,inference-compiled",
-                      "--methods", "gap,mpvg,mpvg-folded", "--json", tmp_path / "x.json")
-    done = run_cli(bench.main, *flags)
-    assert done.code == 0, done.err
-    saved = json.loads((tmp_path / "x.json").read_text())
+def test_from_end_to_end(monkeypatch, quick, tmp_path):
+    """One peer is not installed and one fails. JSON holds what is printed. Contestants take turns in random order."""
+    def fails(*_, **__):
+        raise RuntimeError("no such model\nand more")
+
+    turns, timing = [], bench.Contestant.time
+    monkeypatch.setattr(bench.Contestant, "time", lambda one, device: turns.append(one.name) or timing(one, device))
+    monkeypatch.setitem(sys.modules, "timm", None)                              # as if it were not installed
+    monkeypatch.setattr("torchvision.models.VisionTransformer", fails)
+    names = ["default", "gap", "mpvg", "mpvg-folded"]
+    done = ok(small_run("--peers", "timm,torchvision", "--tables", "training-eager,inference-compiled",
+                        "--methods", ",".join(names), "--json", tmp_path / "new" / "x.json",
+                        "--mode", "max-autotune-no-cudagraphs"))
+    assert {options["mode"] for options in quick} == {"max-autotune-no-cudagraphs"}
+    saved = json.loads((tmp_path / "new" / "x.json").read_text())
     header, *tables, verdict = done.out.rstrip("\n").split("\n\n")
     assert header.replace("\n", " ") == ", ".join(f"{key} {value}" for key, value in saved["header"].items())
+    assert saved["header"]["timm"] == "not installed" != saved["header"]["torchvision"]
     assert tables == [bench.as_text(*item) for item in saved["tables"].items()]
     assert verdict.replace("\n", " ") == saved["verdict"] and saved["verdict"].startswith("mpvg's speed relative to ")
     assert max(map(len, done.out.splitlines())) <= 100 and "USDT" not in done.err   # the profiler is quiet
     assert list(saved["tables"]) == ["training-eager", "inference-compiled"]
     for name, table in saved["tables"].items():
-        folded = [] if name == "training-eager" else ["mpvg-folded"]
-        assert [row["name"] for row in table["rows"]] == ["gap", "mpvg", *folded]
+        training = name == "training-eager"                                     # folded models do not train
+        assert [row["name"] for row in table["rows"]] == (names[:3] if training else names)
+        assert table["notes"] == ["torchvision failed: no such model (left out)"]
         assert len(table["matmul_seconds"]) == len(table["copy_seconds"]) == 3
         for row in table["rows"]:
             assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0 and row["memory_bytes"] > 4 * 10_000
             assert 0 < row["share_of_peak"] <= row["share_of_roofline"]
-            assert (row["compile_seconds"] is not None) == name.endswith("compiled")
+            assert (row["compile_seconds"] is None) == training
         assert "attention" in table["attention"]
+        gap = table["rows"][1]
+        assert (4 * gap["flops_per_image"], gap["bytes_per_step"]) == bench.count_work(
+            sizes("vit-nano"), "gap", training, batch=4, itemsize=4)
+    rounds = np.array(turns[-3 * 7:]).reshape(3, 7).tolist()                    # of the last table
+    for copy, matmul, unrecorded, *order in rounds:
+        assert [copy, matmul, unrecorded, *sorted(order)] == ["copy", "matmul", order[-1], *names]
+    assert len({*map(tuple, rounds)}) > 1
 
 
 # ------------------------------------------------------------------------------------------------- README, results
@@ -2351,15 +2110,12 @@ def test_detection_trains_the_position_embedding():
 def test_segmentation_learns_the_ink():
     names = run_code("pixel_shuffle", "range(200)", "range(60)")
     assert names["iou"] > 0.45 > 2 * names["ink"].float().mean()                # everything ink: 0.15
-    with names["patch"]("torch.randn", lambda *shape, **_: torch.zeros(shape)):
-        clean, _ = names["numbers"](100, seed=3)
-    assert (clean[:, :, :2] == clean[:, :, :1, :1]).all()                       # neither noise nor ink
 
 
 def test_swin_is_torchvisions_with_a_pe_in_each_stage():
-    model, x = randomise(run_code("SwinMPVG")["model"]), torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    plain = torchvision.models.swin_t(num_classes=10).double().eval()
-    new = plain.load_state_dict(model.state_dict(), strict=False).unexpected_keys
+    names, x = run_code("SwinMPVG"), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model, plain = randomise(names["model"]), torchvision.models.swin_t(num_classes=10).double().eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
     for i, e in enumerate(model.pos_embed):
         plain.features[2 * i].register_forward_hook(lambda _, __, y, e=e: y + e)
         for block, own in zip(plain.features[2 * i + 1], model.features[2 * i + 1]):
@@ -2369,10 +2125,9 @@ def test_swin_is_torchvisions_with_a_pe_in_each_stage():
     torch.testing.assert_close(model(x), plain(x), rtol=1e-10, atol=1e-10)
     model(x).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-    norms = 2 * 96 * (2 * 1 + 2 * 2 + 6 * 4 + 2 * 8 + 8)
-    small, large = (norms + sum((size // 4 >> i) ** 2 * (96 << i) for i in range(4)) for size in (64, 224))
-    assert sum(model.get_parameter(name).numel() for name in new) == small
-    assert f"{small:,} in all for 64-pixel images, {large:,} for 224" in GUIDE
+    larger = names["SwinMPVG"](image_size=224, num_classes=10, **names["swin_t"])
+    own, small, large = (sum(p.numel() for p in net.parameters()) for net in (plain, model, larger))
+    assert f"{small - own:,} in all for 64-pixel images, {large - own:,} for 224" in GUIDE
 
 
 def commands(text):
@@ -2405,8 +2160,7 @@ def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
     shutil.rmtree("digits/val")                                                 # so few numbers are not of all classes
     shutil.copytree("digits/train", "digits/val")
     flags, = (arguments[2:] for arguments in commands(GUIDE) if "digits" in arguments)
-    result = cli(*flags, "--epochs", 1, "--batch-size", 10, data="imagenet")
-    assert result.code == 0, result.err
+    ok(cli(*flags, "--epochs", 1, "--batch-size", 10, data="imagenet"))
 
 
 def test_the_readmes_names_and_tables():
