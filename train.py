@@ -230,14 +230,15 @@ def warn(path, reason):
 
 
 class FolderData(Dataset):
-    """Image files, (path, label) each, that worker processes decode and crop. failures: not decoded in the last pass.
+    """Image files, (path, label) each, that worker processes decode and crop.
 
+    failures: how many files could not be decoded in the last pass.
     crop_scale: least area of a random resized crop; None for testing: the short side is resized to size / crop_ratio
     and the centre cropped. A crop depends on its seed only, not on the process that makes it.
     """
 
     def __init__(self, samples, size, device, workers, crop_scale, bicubic, crop_ratio):
-        self.samples, self.size, self.device, self.workers = samples, size, device, workers
+        self.samples, self.size, self.device, self.workers, self.failures = samples, size, device, workers, 0
         self.crop_scale, self.bicubic, self.crop_ratio = crop_scale, bicubic, crop_ratio
 
     def __len__(self):
@@ -250,16 +251,17 @@ class FolderData(Dataset):
         evaluate() ignores.
         """
         index, seed = index_and_seed
-        for failures in range(20):
+        testing = self.crop_scale is None
+        for failures in range(1 if testing else 20):
             path, label = self.samples[(index + failures) % len(self.samples)]
             try:
                 image = decode(path)
             except Exception as error:                               # a damaged file can fail in any way
                 warn(path, str(error) or type(error).__name__)
-                if self.crop_scale is None:
-                    return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
             else:
                 return self.crop(image, seed), label, failures
+        if testing:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
         raise OSError(f"{path} and the 19 files before it cannot be decoded: is the disk mounted?")
 
     def crop(self, image, seed):
@@ -284,7 +286,7 @@ class FolderData(Dataset):
 
     def chunks(self, order, seeds, columns):
         """See ArrayData.chunks. A chunk is one step."""
-        plan = [[(index, seed + place) for place, index in enumerate(row[columns].tolist(), columns.start + 1)]
+        plan = [[(index, seed + 1 + columns.start + place) for place, index in enumerate(row[columns].tolist())]
                 for row, seed in zip(order, seeds)]
         for (images, labels), seed in zip(self.load(plan), seeds):
             yield seed, images[None], labels[None]
@@ -385,7 +387,7 @@ def smooth(x):
 
 
 # RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x; m, from -10 to 10 (B,), is the magnitude with a random
-# sign, which only some operations heed; affine: warp() with its interpolation and colour given.
+# sign; some operations ignore the sign; affine: warp() with its interpolation and colour given.
 OPERATIONS = {
     "AutoContrast": lambda x, m, affine: v2.autocontrast(x),
     "Equalize": lambda x, m, affine: v2.equalize(x),
@@ -460,8 +462,8 @@ def augment(x, draws, recipe, fill):
     if recipe.crop_scale < 1:
         x = resized_crop(x, to_device(draws["crop"], x.device), to_device(draws["crop_bicubic"], x.device))
     x = torch.where(to_device(draws["flip"], x.device).view(-1, 1, 1, 1), x.flip(3), x)
-    for turn, operation in enumerate(draws["operation"].T):          # (B,): each image's operation, by number
-        m, bicubic = (to_device(draws[name][:, turn], x.device) for name in ("magnitude", "bicubic"))
+    for layer, operation in enumerate(draws["operation"].T):         # (B,): each image's operation, by number
+        m, bicubic = (to_device(draws[name][:, layer], x.device) for name in ("magnitude", "bicubic"))
         for number, apply in enumerate(OPERATIONS.values()):         # each operation once, on all of its images
             rows = to_device((operation == number).nonzero()[:, 0], x.device)
             if len(rows):
@@ -642,7 +644,10 @@ def train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device):
 
 @torch.no_grad()
 def evaluate(model, test_data, config, device):
-    """-> accuracy in percent and mean cross entropy over the test images of all processes; then model.train()."""
+    """-> accuracy in percent and mean cross entropy over the test images of all processes.
+
+    Leaves the model in training mode.
+    """
     hits, losses, count, size = 0.0, 0.0, 0, None
     model.eval()
     for images, labels in test_data.test_batches(RANK, WORLD_SIZE):
@@ -677,13 +682,14 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
         images = torch.zeros(recipe.batch_size // WORLD_SIZE, *model.image_shape)
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
+        evaluate(compiled, data["test"], config, device)             # a failure here costs no epoch
         compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s")
     log = checkpoint["log"] if checkpoint else []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     if graphs:
-        for group in optimizer.param_groups:                         # the graph reads the lr there
+        for group in optimizer.param_groups:                         # a graph reads the lr on the device
             group["lr"] = torch.zeros((), device=device)
         train_step = capture(train_step, example)
 
@@ -763,6 +769,7 @@ def load_checkpoint(path, **sizes):
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
+        setting(checkpoint["config"])                                # fails where a value is missing
         model = load_weights(build_model(checkpoint["config"], **sizes), checkpoint["model"])
         if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
             raise ValueError("it holds no finished epoch")
@@ -790,7 +797,6 @@ def open_run(folder, resume, overwrite):
         raise SystemExit(f"error: another process is training in {folder}: wait, or choose another --name") from None
     if resume and (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder)[1]
-        save_record(folder, checkpoint["config"], checkpoint["log"])  # a kill may have left it older than last.pt
     elif resume and (folder / "log.jsonl").exists():
         raise SystemExit(f"error: {folder} has a log but no last.pt to resume from: --overwrite replaces it")
     elif any(folder.glob("[!.]*")) and not (resume or overwrite):
@@ -826,7 +832,7 @@ def refuse(name, message):
 
 
 def choose_device(name):
-    """-> torch.device of --device; allows TF32 on CUDA. Does not use a GPU: a sweep would hold its memory."""
+    """-> torch.device of --device; allows TF32 on CUDA. Does not touch the GPU: a sweep would keep its memory."""
     accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
@@ -899,7 +905,7 @@ def configure(flags):
     config = dict(
         data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
         **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
-        num_classes=dataset.num_classes or count_classes(flags["data_dir"]), fraction=flags["fraction"],
+        num_classes=dataset.num_classes or count_classes(Path(flags["data_dir"])), fraction=flags["fraction"],
         init=str(flags["init"]) if flags["init"] else None, freeze=flags["freeze"],
         precision=flags["precision"] or (
             "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"),
@@ -930,7 +936,7 @@ def run_folder(flags, config):
     name = flags["name"] or f"{method_label(config)}-{config['model']}-{config['data']}-seed{config['seed']}"
     if Path(name).name != name or name == ".." or len(os.fsencode(name)) > 200:
         refuse("name", f"{name!r} is not a single folder name: --runs says where it goes")
-    return flags["runs"] / name
+    return Path(flags["runs"]) / name                                # in a sweep, older typers give text
 
 
 def environment(device):
@@ -989,7 +995,7 @@ def train_command(
       python train.py --pe layerwise --pool gap --mpvg
       python train.py --data cifar100 --method lape --epochs 20 --recipe mixup=0
     """
-    flags = ctx.params
+    flags = {key: value for key, value in locals().items() if key != "ctx"}
     if ctx.invoked_subcommand:
         given = [key for key in ctx.params if ctx.get_parameter_source(key).name != "DEFAULT"]
         if given or WORLD_SIZE > 1:
@@ -1050,6 +1056,8 @@ def train_run(flags, config, folder, device):
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
+    if checkpoint and RANK == 0:                                     # a kill may have left it older than last.pt
+        save_record(folder, checkpoint["config"], checkpoint["log"])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
     print_main(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch (best: "
@@ -1106,7 +1114,8 @@ def sweep(
         if not flags["precision"]:                                   # each run asks its GPU; the sweep must not use one
             del config["precision"]
         planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
-    common.params["runs"].mkdir(parents=True, exist_ok=True)
+    runs_folder = Path(common.params["runs"])
+    runs_folder.mkdir(parents=True, exist_ok=True)
 
     def train_one(folder):
         config, command = planned[folder]
@@ -1133,7 +1142,7 @@ def sweep(
     runs = [run for run in results.values() if run]
     if runs:
         table = "".join(results_table(title, methods) for title, methods in by_setting(runs).items())
-        save(common.params["runs"] / "sweep.md", table.encode())
+        save(runs_folder / "sweep.md", table.encode())
         typer.echo(f"\n{table}", nl=False)
     if failed:
         raise SystemExit(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
@@ -1178,7 +1187,7 @@ def read_run(folder):
             parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
         run = Run(folder, method_label(config), setting(config), config, log, mechanism, parameters)
         return run if log[-1]["epoch"] == config["epochs"] else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # any other folder
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not a run's
         return None
 
 
@@ -1264,7 +1273,7 @@ from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % f
 def results_table(title, methods, base=None):
     """-> text: one row per method of a setting, {label: {seed: run}}; the paper's figures beside it."""
     rows, reference = [], base or next(iter(methods))
-    paper = PAPER.get(title.rpartition(", ")[0], {})                 # whose settings are without precision
+    paper = PAPER.get(title.rpartition(", ")[0], {})                 # its keys leave out the precision
     for name, seeds in methods.items():
         logs = [run.log for run in seeds.values()]
         pairs = [run.log[-1]["test_accuracy"] - methods[reference][seed].log[-1]["test_accuracy"]
@@ -1300,8 +1309,9 @@ def contrasts(methods):
     values = {name: points for name, points in values.items() if len(points) > 2}
     p = {name: t_test(points)[1] for name, points in values.items()}
     claims = sorted((name for name in CLAIMS if name in values), key=p.get)
-    tests = dict.fromkeys(values, 1) | {name: len(CLAIMS) - rank for rank, name in enumerate(claims)}  # that share 5 %
-    adjusted = p | dict(zip(claims, itertools.accumulate((tests[name] * p[name] for name in claims), max)))  # by Holm
+    # Holm multiplies the smallest p-value of the claims by 4, the next by 3, and so on; none may be less than the last.
+    tests = dict.fromkeys(values, 1) | {name: len(CLAIMS) - rank for rank, name in enumerate(claims)}
+    adjusted = p | dict(zip(claims, itertools.accumulate((tests[name] * p[name] for name in claims), max)))
     own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
     rows = []
     for name, points in values.items():
@@ -1400,11 +1410,12 @@ def last_norm_offset(model):
 
 @torch.no_grad()
 def measure(model, batches):
-    """Measures what the paper plots of a trained model. batches: as for measure_position.
+    """Measures what the paper plots of a trained model. batches: a list of normalised images (B, 3, H, W) and labels.
 
-    -> tokens and pe, of each block and the last norm: LN_l(x_l) averaged over images, and the PE that is added to it,
-    (N, D) or None; a dict. correlation: Pearson's, of all entries of those two (Figure 4); beta, gamma, offset: the
-    last norm's; cosine: of an image's mean token before and after the last norm, averaged over images (appendix).
+    -> tokens, pe, a dict. tokens, pe: of each block and the last norm, LN_l(x_l) averaged over images, and the PE that
+    is added to it, (N, D) or None. The dict: correlation, Pearson's of all entries of those two (Figure 4); beta and
+    gamma, the last norm's; offset, see last_norm_offset; cosine, of an image's mean token before and after the last
+    norm, averaged over images (the paper's appendix).
     """
     tokens, cosines = 0, []
     for images, _ in batches:
@@ -1446,7 +1457,7 @@ def measure_position(model, batches):
     def features(images):
         """-> (places, B, N, D): the stream's, then the normed ones, then the attention's; logits."""
         inputs, outputs, logits = watch_norms(model, images)
-        attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
+        attention = [y + e for y, e in zip(outputs, delivered) if e is not None]
         return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double(), logits
 
     count, sums, moments = 0, 0, 0
@@ -1469,8 +1480,9 @@ def measure_position(model, batches):
         correct.append(torch.stack([logits.argmax(1) == labels, shuffled_logits.argmax(1) == labels]))
     index_read = (100 * torch.cat(index_read, 1).mean(1)).tolist()
     ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
+    attention = iter(index_read[2 * depth + 1:])
     return dict(stream=index_read[:depth], normed=index_read[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
-                attention=[None if e is None else share for e, share in zip(delivered, index_read[2 * depth + 1:])])
+                attention=[None if e is None else next(attention) for e in delivered])
 
 
 def images_to_measure(config, count, data_dir, device):
@@ -1486,9 +1498,10 @@ def measure_run(run, model, batches):
     tokens, pe, values = measure(model, batches)
     torch.manual_seed(run.config["seed"])                            # the model before training
     before = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
-    run.mechanism.update(values, **measure_position(model, batches), offset_before=before,
-                         beta_variance=variance(values["beta"]), offset_variance=variance(values["offset"]))
-    save(run.folder / "mechanism.json", (json.dumps(run.mechanism) + "\n").encode())
+    values |= measure_position(model, batches) | dict(
+        offset_before=before, beta_variance=variance(values["beta"]), offset_variance=variance(values["offset"]))
+    run.mechanism.update(values)
+    save(run.folder / "mechanism.json", (json.dumps(values) + "\n").encode())
     return tokens, pe
 
 
@@ -1537,7 +1550,7 @@ def plot_lines(path, panels, methods):
             ax.set_xticks(range(depth + 1), [*map(str, range(depth)), "last\nnorm"])
         if x == "patches":
             ax.set_xticks([0, 1], ["in order", "shuffled"])
-        if path.stem == "correlation":                               # Figure 4: layers 4 and 11 of 0 to 11
+        if path.stem == "correlation":                               # the paper's Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
         (low, high), place = ax.get_ylim(), -math.inf
@@ -1614,7 +1627,7 @@ def report(
             typer.echo(f"note: {run.folder} is not measured ({error})", err=True)
             continue
         tokens, pe = measure_run(run, model, test_images[key])
-        heatmaps.setdefault((run.setting, run.label), (run.folder.name, tokens, pe))  # of one run of each method
+        heatmaps.setdefault((run.setting, run.label), (run.folder.name, tokens, pe))  # one run per method
     measured = by_setting(run for run in runs if "stream" in run.mechanism)
     for title, methods in settings.items():
         typer.echo(results_table(title, methods, base) + contrast_table(contrasts(methods))
