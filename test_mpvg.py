@@ -413,6 +413,7 @@ def test_a_seed_gives_all_methods_the_same_weights():
     (dict(image_size=(3, 8, 8)), "image_height=(3, 8, 8) is not a positive whole number"),
     (dict(dim=18, heads=4), "dim 18 is not divisible by heads 4"),
     (dict(dim=6, heads=2, pe_init="sincos"), "by 4 for pe_init='sincos'"),
+    (dict(heads=True), "heads=True is not a positive"),
     (dict(norm_eps=math.nan), "norm_eps=nan is not a positive number"),
     (dict(drop_path=1.0), "drop_path=1.0 is not in [0, 1)"),
     (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none"),
@@ -1368,6 +1369,7 @@ def test_one_process_two_and_parts_are_the_same_run(files, tmp_path):
     (["--device", "abacus"], "--device: abacus is not one of auto, cpu, cuda"),
     (["--name", "../up"], "--name: '../up' is not a single folder name"),
     (["--name", ".."], "is not a single folder name"),
+    (["--name", "ä" * 101], "is not a single folder name"),
     (["--compile", "graphs"], "--compile: graphs needs CUDA and one process"),
     (["--freeze"], "--freeze: it trains only the head, so it needs other weights: --init"),
     (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
@@ -1381,6 +1383,7 @@ def test_a_users_mistake_gets_one_line(cli, flags, says):
     (lambda root: (root / "val" / "c").rename(root / "val" / "d"), "they have 3 and 3 and differ in ['c', 'd']"),
     (lambda root: [shutil.rmtree(root / split / name) for split in ("train", "val") for name in "ab"],
      "need the same classes, two or more; they have 1 and 1"),
+    (lambda root: [path.unlink() for path in (root / "val" / "c").iterdir()], "Found no valid file for the classes c"),
     (lambda root: (root / "val").rename(root / "test"), "does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
 ])
 def test_a_folder_that_is_no_imagenet_is_refused(files, cli, tmp_path, damage, says):

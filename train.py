@@ -8,7 +8,7 @@
     python train.py report runs/*/
 
 From top to bottom: recipes, data, augmentation, batches, training, checkpoints, command line, sweep, tables, eval and
-report. The data set `numbers` is built in: nothing to download, and it trains in two minutes on a CPU.
+report. The data set `numbers` is built in: nothing to download, and it trains in minutes on a CPU.
 """
 import dataclasses
 import io
@@ -682,7 +682,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
         images = torch.zeros(recipe.batch_size // WORLD_SIZE, *model.image_shape)
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
-        evaluate(compiled, data["test"], config, device)             # a failure here costs no epoch
+        evaluate(compiled, data["test"], config, device)             # compiles it; a failure here costs no epoch
         compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s")
     log = checkpoint["log"] if checkpoint else []
@@ -1187,7 +1187,7 @@ def read_run(folder):
             parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
         run = Run(folder, method_label(config), setting(config), config, log, mechanism, parameters)
         return run if log[-1]["epoch"] == config["epochs"] else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not a run's
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not a run's folder
         return None
 
 
@@ -1309,7 +1309,7 @@ def contrasts(methods):
     values = {name: points for name, points in values.items() if len(points) > 2}
     p = {name: t_test(points)[1] for name, points in values.items()}
     claims = sorted((name for name in CLAIMS if name in values), key=p.get)
-    # Holm multiplies the smallest p-value of the claims by 4, the next by 3, and so on; none may be less than the last.
+    # Holm: the smallest p-value of the claims times 4, the next times 3, and so on, and none below the one before.
     tests = dict.fromkeys(values, 1) | {name: len(CLAIMS) - rank for rank, name in enumerate(claims)}
     adjusted = p | dict(zip(claims, itertools.accumulate((tests[name] * p[name] for name in claims), max)))
     own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
