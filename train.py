@@ -70,7 +70,7 @@ class Recipe:
     lr_per: str = "epoch"            # how often the learning rate changes: epoch or step
     label_smoothing: float = 0.0
     repeats: int = 1                 # repeated augmentation: crops per image; an epoch shows 1/repeats of the images
-    crop_scale: float = 1.0          # random resized crop: least area, as a share of the image; 1: no crop of arrays
+    crop_scale: float = 1.0          # least area of a random crop, as a share of the image; 1: arrays are not cropped
     bicubic: float = 0.5             # probability of bicubic interpolation; bilinear otherwise
     flip: float = 0.0                # probability of a horizontal flip
     ra_ops: int = 0                  # RandAugment's operations per image, each applied with probability 0.5
@@ -118,7 +118,7 @@ def parse_assignments(text, separator, names):
 # ---------------------------------------------------------------------------------------------------------------- data
 
 def numbers(count, seed):
-    """-> uint8 images (count, 3, 32, 32) of the two-digit numbers 00 to 99 and labels (count,), the same for a seed.
+    """-> uint8 images (count, 3, 32, 32) of the two-digit numbers 00 to 99 and labels (count,), repeatable by seed.
 
     Each is rotated by up to 9 degrees, scaled by 0.8 to 1.1 and shifted by up to 4 pixels, dark on light or light on
     dark, with noise. A model needs position to tell 12 from 21.
@@ -195,7 +195,7 @@ DATASETS = {
 class ArrayData:
     """Images in memory, uint8 (N, 3, H, W), and labels (N,), on the device where they are augmented."""
 
-    failures = 0
+    unreadable = 0
 
     def __init__(self, images, labels, device="cpu"):
         self.images, self.labels = images.to(device), labels.to(device)
@@ -204,11 +204,12 @@ class ArrayData:
         return len(self.labels)
 
     def chunks(self, order, seeds, columns):
-        """Yields (seed, images (S, B, 3, H, W), labels (S, B)) for S steps at a time, which share one augmentation.
+        """Yields (seed, images (S, B, 3, H, W), labels (S, B)) for S steps at a time, augmented in one call.
 
         order: indices, (steps, batch size); seeds: one per step; columns: this process's part of each batch, a slice.
         """
-        steps = max(1, 2**23 // (order.shape[1] * self.images.shape[2] * self.images.shape[3]))  # about 8 M pixels
+        # About 8 M pixels of whole batches: the same chunks for any number of processes.
+        steps = max(1, 2**23 // (order.shape[1] * self.images.shape[2] * self.images.shape[3]))
         for first in range(0, len(order), steps):
             rows = to_device(order[first:first + steps, columns], self.images.device)
             yield seeds[first], self.images[rows], self.labels[rows]
@@ -232,13 +233,13 @@ def warn(path, reason):
 class FolderData(Dataset):
     """Image files, (path, label) each, that worker processes decode and crop.
 
-    failures: how many files could not be decoded in the last pass.
+    unreadable: how many files could not be decoded in the last pass.
     crop_scale: least area of a random resized crop; None for testing: the short side is resized to size / crop_ratio
     and the centre cropped. A crop depends on its seed only, not on the process that makes it.
     """
 
     def __init__(self, samples, size, device, workers, crop_scale, bicubic, crop_ratio):
-        self.samples, self.size, self.device, self.workers, self.failures = samples, size, device, workers, 0
+        self.samples, self.size, self.device, self.workers, self.unreadable = samples, size, device, workers, 0
         self.crop_scale, self.bicubic, self.crop_ratio = crop_scale, bicubic, crop_ratio
 
     def __len__(self):
@@ -252,14 +253,14 @@ class FolderData(Dataset):
         """
         index, seed = index_and_seed
         testing = self.crop_scale is None
-        for failures in range(1 if testing else 20):
-            path, label = self.samples[(index + failures) % len(self.samples)]
+        for unreadable in range(1 if testing else 20):
+            path, label = self.samples[(index + unreadable) % len(self.samples)]
             try:
                 image = decode(path)
             except Exception as error:                               # a damaged file can fail in any way
                 warn(path, str(error) or type(error).__name__)
             else:
-                return self.crop(image, seed), label, failures
+                return self.crop(image, seed), label, unreadable
         if testing:
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
         raise OSError(f"{path} and the 19 files before it cannot be decoded: is the disk mounted?")
@@ -275,26 +276,26 @@ class FolderData(Dataset):
             mode = InterpolationMode["BICUBIC" if torch.rand(()) < self.bicubic else "BILINEAR"]
         return v2.resized_crop(image, *box, [self.size] * 2, mode)
 
-    def load(self, plan):
+    def read_batches(self, plan):
         """Yields uint8 images (B, 3, size, size) and labels (B,) for each list of (index, seed) in the plan."""
         loader = DataLoader(self, batch_sampler=plan, num_workers=self.workers, pin_memory=self.device.type == "cuda",
                             generator=torch.Generator())             # the global one is dropout's
-        self.failures = 0
-        for images, labels, failures in loader:
-            self.failures += int(failures.sum())
+        self.unreadable = 0
+        for images, labels, unreadable in loader:
+            self.unreadable += int(unreadable.sum())
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def chunks(self, order, seeds, columns):
         """See ArrayData.chunks. A chunk is one step."""
         plan = [[(index, seed + 1 + columns.start + place) for place, index in enumerate(row[columns].tolist())]
                 for row, seed in zip(order, seeds)]
-        for (images, labels), seed in zip(self.load(plan), seeds):
+        for (images, labels), seed in zip(self.read_batches(plan), seeds):
             yield seed, images[None], labels[None]
 
     def test_batches(self, start=0, stride=1, batch_size=125):
         """See ArrayData.test_batches."""
         share = [(index, 0) for index in range(start, len(self.samples), stride)]
-        yield from self.load([share[i:i + batch_size] for i in range(0, len(share), batch_size)])
+        yield from self.read_batches([share[i:i + batch_size] for i in range(0, len(share), batch_size)])
 
 
 def count_classes(root):
@@ -325,13 +326,13 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
         by_class = [order[labels[order] == label] for label in labels.unique()]
         rows = torch.cat([members[:max(1, round(config["fraction"] * len(members)))] for members in by_class])
+    augment_on = device if device.type == "cuda" else torch.device("cpu")
+    if dataset.load:
+        return ArrayData(images[rows], labels[rows], augment_on)
     if workers is None:                                              # none on a CPU, which is busy training
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if device.type == "cpu" else min(cores, 16)
-    device = device if device.type == "cuda" else torch.device("cpu")  # where images are augmented
-    if dataset.load:
-        return ArrayData(images[rows], labels[rows], device)
-    return FolderData([samples[row] for row in rows.tolist()], config["image_size"], device, workers,
+    return FolderData([samples[row] for row in rows.tolist()], config["image_size"], augment_on, workers,
                       config["crop_scale"] if train else None, config["bicubic"], crop_ratio)
 
 
@@ -570,9 +571,9 @@ def parameter_groups(model, weight_decay, decay_pe):
     """Two groups for AdamW: matrices decay, biases and norms do not; PE tables and the class token only if asked."""
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        is_pe = name in ("pos_embed", "last_pos_embed", "cls_token")
+        pe_or_cls = name in ("pos_embed", "last_pos_embed", "cls_token")
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and (decay_pe or not is_pe)].append(parameter)
+            groups[parameter.ndim > 1 and (decay_pe or not pe_or_cls)].append(parameter)
     return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
 
 
@@ -597,7 +598,10 @@ def make_train_step(net, optimizer, label_smoothing=0.0, precision="fp32", accum
 
 
 def compile_now(train_step, optimizer, example):
-    """Compiles with three steps at lr 0, on a side stream as graph capture requires, and clears the optimizer."""
+    """Compiles by taking three steps, on a side stream as graph capture requires, and clears the optimizer's state.
+
+    The optimizer must be new, with lr 0: then the steps leave the weights alone.
+    """
     stream = torch.cuda.Stream() if example[0].is_cuda else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
@@ -684,7 +688,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
         example = images.to(device), targets.to(device)
         evaluate(compiled, data["test"], config, device)             # compiles it; a failure here costs no epoch
         compile_now(train_step, optimizer, example)
-        print_main(f"compiled in {time.perf_counter() - start:.0f} s")
+        print_main(f"compiled, with one pass over the test images, in {time.perf_counter() - start:.0f} s")
     log = checkpoint["log"] if checkpoint else []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -705,10 +709,10 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
         loss = train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device)
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
         result = evaluate(compiled, data["test"], config, device)
-        loss, failures = sum_over_processes(loss / WORLD_SIZE, sum(part.failures for part in data.values()))
+        loss, unreadable = sum_over_processes(loss / WORLD_SIZE, sum(part.unreadable for part in data.values()))
         log.append(dict(
             epoch=epoch + 1, loss=loss, **result, lr=float(optimizer.param_groups[0]["lr"]), processes=WORLD_SIZE,
-            images_per_second=speed, unreadable=int(failures), seconds=time.perf_counter() - start))
+            images_per_second=speed, unreadable=int(unreadable), seconds=time.perf_counter() - start))
         if RANK == 0:
             save_checkpoint(folder, model, optimizer, config, log)
         print_main("{epoch:>5} {loss:>8.4f} {test_accuracy:>8.2f} {lr:>10.2e} {images_per_second:>10,.0f} {took:>9.0f} "
@@ -716,9 +720,9 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
     return log
 
 
-def sum_over_processes(*numbers):
+def sum_over_processes(*values):
     """-> floats; waits for all processes."""
-    sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    sums = torch.tensor([float(value) for value in values], dtype=torch.float64)
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)                                        # on the CPU, through gloo
     return sums.tolist()
@@ -755,7 +759,7 @@ def save_checkpoint(folder, model, optimizer, config, log):
     if log[-1] is max(log, key=lambda line: line["test_accuracy"]):  # the first of equals
         save(folder / "best.pt", file.getbuffer())
     save(folder / "last.pt", file.getbuffer())
-    (folder / "mechanism.json").unlink(missing_ok=True)              # of other weights
+    (folder / "mechanism.json").unlink(missing_ok=True)              # it describes older weights
     save_record(folder, config, log)
 
 
@@ -764,20 +768,21 @@ def save_record(folder, config, log):
     save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def load_checkpoint(path, **sizes):
-    """-> the model with its weights, and the checkpoint. path: a run's folder, or a file; sizes: for build_model."""
+def load_checkpoint(path, image_size=None):
+    """-> the model with its weights, and the checkpoint. path: a run's folder or a file; image_size: None: its own."""
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
-        setting(checkpoint["config"])                                # fails where a value is missing
-        model = load_weights(build_model(checkpoint["config"], **sizes), checkpoint["model"])
+        config = checkpoint["config"] | (dict(image_size=image_size) if image_size else {})
+        setting(config)                                              # fails where a value is missing
+        model = load_weights(build_model(config), checkpoint["model"])
         if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
             raise ValueError("it holds no finished epoch")
     except OSError as error:
         raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
     except Exception as error:                                       # an altered file can be wrong in any way
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SystemExit(f"error: {path} is not a checkpoint of this train.py, or was damaged ({reason})") from None
+        raise SystemExit(f"error: {path} cannot be used as a checkpoint of this train.py ({reason})") from None
     return model, checkpoint
 
 
@@ -848,7 +853,7 @@ def choose_device(name):
 
 
 def choose_method(flags):
-    """-> a method's name, and the options of mpvg.ViT that override its own."""
+    """-> a method's name, and the options of mpvg.ViT that override its own. Raises ValueError."""
     chosen = flags["pe"], flags["pool"], flags["mpvg"]
     if flags["method"] is None:
         pe, pool, mpvg = flags["pe"] or "layerwise", flags["pool"] or "gap", flags["mpvg"] or not any(chosen)
@@ -857,16 +862,15 @@ def choose_method(flags):
     if any(chosen):
         refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
     method, _, options = flags["method"].partition(":")
-    try:
-        names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
-        overrides = parse_assignments(options, ":", sorted(names))
-    except ValueError as error:
-        refuse("method", str(error))
-    return method, overrides
+    names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
+    return method, parse_assignments(options, ":", sorted(names))
 
 
 def recipe_for(data, **changes):
-    """-> the data set's Recipe with these changes, and with what follows from epochs and batch_size."""
+    """-> the data set's Recipe with these changes, and with what follows from epochs and batch_size.
+
+    Raises ValueError.
+    """
     usual, follow = DATASETS[data].recipe, {}
     recipe = dataclasses.replace(usual, **changes)                   # checks each value
     if recipe.epochs < 10 * usual.warmup_epochs:                     # a short run warms up by the step
@@ -876,7 +880,7 @@ def recipe_for(data, **changes):
         follow["lr"] = usual.lr * recipe.batch_size / usual.batch_size
     recipe = dataclasses.replace(recipe, **follow | changes)
     if recipe.warmup_epochs + recipe.cooldown_epochs >= recipe.epochs:
-        raise ValueError(f"warmup_epochs and cooldown_epochs leave none of the {recipe.epochs} epochs to train")
+        raise ValueError(f"warmup_epochs and cooldown_epochs leave none of the {recipe.epochs} epochs for the cosine")
     return recipe
 
 
@@ -886,13 +890,13 @@ def configure(flags):
     cuda = device.type == "cuda"
     data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
     dataset = DATASETS[data]
-    method, overrides = choose_method(flags)
     try:
+        method, overrides = choose_method(flags)
         changes = parse_assignments(flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
         changes |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
         recipe = recipe_for(data, **changes)
     except ValueError as error:
-        refuse("recipe", str(error))
+        raise typer.BadParameter(str(error)) from None
     if recipe.batch_size % (WORLD_SIZE * (1 + recipe.mixes)) or recipe.batch_size // WORLD_SIZE % flags["accumulate"]:
         refuse("batch-size", f"{recipe.batch_size} must be divisible by processes ({WORLD_SIZE}) x accumulate "
                f"({flags['accumulate']})" + ", and by processes x 2, as images are mixed in pairs" * recipe.mixes)
@@ -901,7 +905,7 @@ def configure(flags):
     if flags["compile"] == "graphs" and (not cuda or WORLD_SIZE > 1):
         refuse("compile", "graphs needs CUDA and one process: use on, or off")
     if flags["freeze"] and not flags["init"]:
-        refuse("freeze", "it trains only the head, so it needs other weights: --init")
+        refuse("freeze", "it trains only the head: --init gives it trained weights")
     config = dict(
         data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
         **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
@@ -918,9 +922,9 @@ def configure(flags):
     return config
 
 
-def build_model(config, **sizes):
+def build_model(config):
     """-> the configuration's model; with `freeze` only its head learns. Raises ValueError."""
-    sizes = dict(image_size=config["image_size"], num_classes=config["num_classes"]) | sizes
+    sizes = dict(image_size=config["image_size"], num_classes=config["num_classes"])
     model = create(config["model"], config["method"], **config["overrides"] | sizes)
     model.requires_grad_(not config["freeze"]).head.requires_grad_(True)
     return model
@@ -967,7 +971,7 @@ def train_command(
     fraction: float = flag("Share of each class's training images to use.", default=1.0, min=0.001, max=1),
     image_size: int | None = flag("Side in pixels that imagenet's files are cropped to.", min=1, shown="224"),
     workers: int | None = flag("Processes that decode files, for each training process.", min=0,
-                               shown="cores; 0 on a CPU"),
+                               shown="cores, at most 16; 0 on a CPU"),
     epochs: int | None = flag("Passes over the training images. A short run warms up for a tenth of them.",
                               shown="the recipe's"),
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
@@ -1012,7 +1016,7 @@ def train_command(
     try:
         train_run(flags, config, folder, device)
     except KeyboardInterrupt:
-        print_main(f"\nstopped: the epochs in {folder / 'log.jsonl'} are saved, --resume continues after them")
+        print_main("\nstopped: --resume continues after the last finished epoch, if there is one")
         raise SystemExit(130) from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1049,14 +1053,15 @@ def train_run(flags, config, folder, device):
     if checkpoint:
         load_weights(model, checkpoint)
     elif flags["init"]:
-        print_main(f"starts from {flags['init']}, {initialise(model, flags['init'], config)}")
+        changes = initialise(model, flags["init"], config)
+        print_main(f"starts from {flags['init']}, {changes}")
     count = sum(parameter.numel() for parameter in model.to(device).parameters())
     print_main(f"{method_label(config)}: {config['model']} with {count:,} parameters\n"
                f"{config['data']}: {config['images']:,} images to train, {len(data['test']):,} to test\n"
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
-    if checkpoint and RANK == 0:                                     # a kill may have left it older than last.pt
+    if checkpoint and RANK == 0:                                     # a kill may have left older ones than last.pt
         save_record(folder, checkpoint["config"], checkpoint["log"])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
@@ -1076,7 +1081,7 @@ def initialise(model, path, config):
         from_cls = model.cls_token is None and "cls_token" in state
         new = [name for name in model.state_dict() if from_cls and name not in state and not name.startswith("head")]
         if new and config["freeze"]:
-            raise ValueError("its PE norms start at 0 and have to learn: leave --freeze out")
+            raise ValueError("its PE norms start at 0 and must be trained: leave out --freeze")
         load_weights(model, state, new_head=True, from_cls=from_cls)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
@@ -1101,15 +1106,14 @@ def sweep(
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
-    parser = typer.main.get_command(trainer)
-    common = parser.make_context("train.py", [*ctx.args])            # which consumes its list
+    common = typer.main.get_command(trainer).make_context("train.py", [*ctx.args])  # it empties its list
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> configuration, command line
     for seed, method in itertools.product(range(seeds), methods.split(",")):  # so that a stopped sweep has whole seeds
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
-        flags = parser.make_context("train.py", [*arguments]).params
+        flags = common.params | dict(method=method, seed=seed)
         config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
         if not flags["precision"]:                                   # each run asks its GPU; the sweep must not use one
             del config["precision"]
@@ -1120,7 +1124,7 @@ def sweep(
     def train_one(folder):
         config, command = planned[folder]
         run = read_run(folder)
-        if run and config.items() <= run.config.items():             # finished, with or without its weights
+        if run and config.items() <= run.config.items():             # finished, with these flags
             return run
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
@@ -1198,12 +1202,12 @@ def setting(config):
     usual = dataclasses.asdict(recipe) | dict(
         batch_size=dataset.recipe.batch_size, image_size=dataset.image_size, num_classes=dataset.num_classes or 1000,
         fraction=1.0, init=None, freeze=False)
-    if config.get("init"):                                           # runs that start from their own twins: one setting
+    if config["init"]:                                               # a run's own method and seed: one setting
         start, end = f"{method_label(config)}-", f"-seed{config['seed']}"
         config = config | dict(init="-".join(
             f"METHOD-{part[len(start):-len(end)]}-seedN" if part.startswith(start) and part.endswith(end) else part
             for part in Path(config["init"]).parts[-2:]))
-    differs = [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) != value]
+    differs = [f"{name} {config[name]}" for name, value in usual.items() if config[name] != value]
     return ", ".join(["{model}, {data}, {epochs} epochs, {precision}".format(**config), *differs])
 
 
@@ -1214,12 +1218,13 @@ def by_setting(runs):
         seeds = settings.setdefault(run.setting, {}).setdefault(run.label, {})
         other = seeds.setdefault(run.config["seed"], run)
         if other is not run:
-            raise SystemExit(f"error: {run.folder} and {other.folder} have the same setting and seed: leave one out")
+            raise SystemExit(f"error: {run.folder} and {other.folder} have the same method, setting and seed: leave "
+                             "one out")
     return settings
 
 
 def t_test(values, alpha=0.05):
-    """-> half the width of a mean's 1 - alpha interval, and the p-value of "it is 0" (Student's t, two-sided)."""
+    """-> half the width of a mean's 1 - alpha interval, and the p-value of a zero mean (Student's t, two-sided)."""
     df, error = len(values) - 1, stdev(values) / len(values) ** 0.5
     angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
     area = torch.cumulative_trapezoid(angle.cos() ** (df - 1))       # of Student's density, t = sqrt(df) tan(angle)
@@ -1239,10 +1244,10 @@ def difference(pairs):
 
 
 def as_table(title, head, rows, note):
-    """-> text: a table in Markdown that can be read as it is; rows: lists of cells, in the order of head."""
-    cells = [head, ["-" * len(cell) for cell in head], *rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in cells)
+    """-> text: a table in Markdown that can be read as it is, without its empty columns. rows: lists of cells."""
+    columns = [(name, "-" * len(name), *cells) for name, *cells in zip(head, *rows) if any(cells)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = "".join("| " + " | ".join(map(str.ljust, row, widths)) + " |\n" for row in zip(*columns))
     return f"{title}\n\n{lines}\n{note}\n" if rows else ""
 
 
@@ -1253,10 +1258,11 @@ by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
 Differences are paired by seed; +- is half of the confidence interval of that level. Verdicts are on
-the sign and need four seeds; read them once, when all planned seeds are done. The first row is
-tested at 5 % by itself. The next four, the paper's simple differences, share 5 % by Holm's
-procedure: once one is inconclusive, so are all with a larger p-value. Last column: is the paper's
-value, of one run per method, inside our interval?
+the sign and need four seeds; read them once, when all planned seeds are done. The interaction,
+(lape-gap - gap) - (lape - default), is tested at 5 % by itself. lape - default, lape-gap - gap,
+mpvg - pvg and mpvg - default share 5 % by Holm's procedure, even if some of them are missing: once
+one is inconclusive, so are all with a larger p-value. Last column: is the paper's value, of one run
+per method, inside our interval?
 """
 MECHANISM_NOTE = """\
 Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
@@ -1288,7 +1294,7 @@ def results_table(title, methods, base=None):
 
 
 def contrast_values(name, tables):
-    """-> values of the contrast "a - b" or "(a - b) - (c - d)" in those tables, {method: accuracy}, that have it."""
+    """-> the contrast "a - b" or "(a - b) - (c - d)" in each table, {method: accuracy}, that has its methods."""
     signs = dict(zip(name.replace("(", "").replace(")", "").split(" - "), (1, -1, -1, 1)))
     return [sum(sign * table[method] for method, sign in signs.items())
             for table in tables if signs.keys() <= table.keys()]
@@ -1378,16 +1384,17 @@ def evaluate_command(
 ):
     """Measure a run's test accuracy and loss again."""
     device = choose_device(device)
-    model, checkpoint = load_checkpoint(run, **dict(image_size=image_size) if image_size else {})
+    model, checkpoint = load_checkpoint(run, image_size)
     config, size = checkpoint["config"], model.image_shape[1]
     net = fold(model) if fold_ else model
-    if DATASETS[config["data"]].load and image_size:                 # files are cropped to any size
+    if DATASETS[config["data"]].load and image_size:                 # image files are cropped to this size
         net.register_forward_pre_hook(lambda _, x: F.interpolate(*x, size=size, mode="bicubic", antialias=True))
     data = load_split(config | dict(image_size=size), "test", data_dir, device, crop_ratio=crop_ratio)
     result = evaluate(net.to(device), data, config, device)
     typer.echo(f"{method_label(config)}, {config['model']}{', folded' if fold_ else ''}, {config['data']} at {size}x"
-               f"{size}, seed {config['seed']}, epoch {len(checkpoint['log'])}: test accuracy "
-               f"{result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}, {len(data) - data.failures:,} images")
+               f"{size}, seed {config['seed']}, epoch {len(checkpoint['log'])}: "
+               f"test accuracy {result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}, "
+               f"{len(data) - data.unreadable:,} images")
 
 
 def watch_norms(model, images):
@@ -1446,43 +1453,43 @@ def measure_position(model, batches):
 
     batches: a list of normalised images (B, 3, H, W) and labels (B,).
 
-    stream, normed: share of patch tokens whose index a linear map reads from x_l that enters block 0, 1, ...; from
-    LN_l(x_l), block 0, 1, ..., and LN(x_L). attention: from LN_l(x_l) + e_l, None where there is no e_l. The map is a
-    ridge regression of the one-hot index on centred features, its strength 0.001 of their mean variance, fitted to
-    every second image and tested on the others. ordered, shuffled: accuracy on the images, and on the images with their
-    patches shuffled.
+    stream: share of patch tokens whose index the map reads from x_l, the input of block 0, 1, ...
+    normed: the same from LN_l(x_l), the output of each block's first norm, and from LN(x_L).
+    attention: the same from LN_l(x_l) + e_l; None where there is no e_l.
+    ordered, shuffled: accuracy on the images, and with each image's patches shuffled.
+    The map is a ridge regression of the one-hot index on centred features, its strength 0.001 of their mean variance,
+    fitted to every second image and tested on the others.
     """
     delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
 
     def features(images):
-        """-> (places, B, N, D): the stream's, then the normed ones, then the attention's; logits."""
+        """-> (points, B, N, D): the stream's, then the normed ones, then the attention's; logits."""
         inputs, outputs, logits = watch_norms(model, images)
-        attention = [y + e for y, e in zip(outputs, delivered) if e is not None]
+        attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
         return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double(), logits
 
     count, sums, moments = 0, 0, 0
     for images, _ in batches:
         x, _ = features(images[::2])
         count, sums, moments = count + x.shape[1], sums + x.sum(1), moments + (x.flatten(1, 2).mT @ x.flatten(1, 2))
-    means = sums / count                                           # of the tokens with an index, (places, N, D)
-    center = means.mean(1, keepdim=True)
-    covariance = moments / (count * patches) - center.mT @ center
+    means = sums / count                                             # of the tokens with an index, (points, N, D)
+    centre = means.mean(1, keepdim=True)
+    covariance = moments / (count * patches) - centre.mT @ centre
     diagonal = covariance.diagonal(dim1=1, dim2=2)                   # the features' variances, a view
     diagonal += 1e-3 * diagonal.mean(1, keepdim=True)                # the ridge
-    weights = torch.linalg.solve(covariance, (means - center).mT)    # (places, D, N), N times those of the regression
+    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (points, D, N), N times those of the regression
 
     index_read, correct, generator = [], [], torch.Generator().manual_seed(0)
     for images, labels in batches:
         x, logits = features(images)
-        scores = (x[:, 1::2] - center[:, None]) @ weights[:, None]   # (places, B, N, N)
+        scores = (x[:, 1::2] - centre[:, None]) @ weights[:, None]   # (points, B, N, N)
         index_read.append((scores.argmax(3) == torch.arange(patches)).double().mean(2))
         shuffled_logits = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
         correct.append(torch.stack([logits.argmax(1) == labels, shuffled_logits.argmax(1) == labels]))
-    index_read = (100 * torch.cat(index_read, 1).mean(1)).tolist()
+    stream, normed, attention = (100 * torch.cat(index_read, 1).mean(1)).split([depth, depth + 1, depth])
     ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
-    attention = iter(index_read[2 * depth + 1:])
-    return dict(stream=index_read[:depth], normed=index_read[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
-                attention=[None if e is None else next(attention) for e in delivered])
+    return dict(stream=stream.tolist(), normed=normed.tolist(), ordered=ordered, shuffled=shuffled,
+                attention=[None if e is None else share for share, e in zip(attention.tolist(), delivered)])
 
 
 def images_to_measure(config, count, data_dir, device):
@@ -1506,7 +1513,7 @@ def measure_run(run, model, batches):
 
 
 SORTED = "dimension, sorted by value"
-FIGURES = {  # panels of a figure: x axis, y axis, the values that are drawn, those that are dotted, for comparison
+FIGURES = {  # name -> panels: x label, y label, the values to draw, and values to compare them with, dotted
     "curves": [("epoch", "training loss, cross entropy", lambda run: [None, *(line["loss"] for line in run.log)]),
                ("epoch", "test accuracy, %", lambda run: [None, *(line["test_accuracy"] for line in run.log)])],
     "correlation": [("block", "correlation of LN(x) and its PE", lambda run: run.mechanism["correlation"])],
@@ -1526,16 +1533,16 @@ FIGURES = {  # panels of a figure: x axis, y axis, the values that are drawn, th
 def plot_lines(path, panels, methods):
     """Writes a figure of FIGURES: one line per method, the mean of its runs, with a band from minimum to maximum.
 
-    A method has the same colour in all figures; with other options it is dashed.
+    Lines of one method have one colour and are solid, dashed and dash-dotted, in the order in which they are shown.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 * len(panels) + 1, 3.8), layout="constrained")
     for ax, (x, y, *lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        names = []
+        names, colors = [], []
         for label, seeds in methods.items():
             run = next(iter(seeds.values()))
-            color = f"C{list(METHODS).index(run.config['method'])}"
-            for values_of, style in zip(lines, ("--" if "=" in label else "-", ":")):
+            colors.append(color := f"C{list(METHODS).index(run.config['method'])}")
+            for values_of, style in zip(lines, (("-", "--", "-.")[(colors.count(color) - 1) % 3], ":")):
                 values = np.array([values_of(run) for run in seeds.values()], float)  # None: nan
                 middle = values.mean(0)
                 ax.plot(middle, style, marker="." if len(middle) < 20 else "", color=color)
@@ -1619,8 +1626,9 @@ def report(
     runs.sort(key=lambda run: ([*METHODS].index(run.config["method"]), run.label, run.config["seed"]))
     settings, test_images, heatmaps = by_setting(runs), {}, {}
     for run in tqdm([run for run in runs if (run.folder / "last.pt").exists()], "measuring", leave=False, disable=None):
-        model, key = load_checkpoint(run.folder)[0].to(device).eval(), (run.config["data"], run.config["image_size"])
+        key = run.config["data"], run.config["image_size"]
         try:
+            model = load_checkpoint(run.folder)[0].to(device).eval()
             if key not in test_images:
                 test_images[key] = images_to_measure(run.config, images, data_dir, device)
         except (OSError, SystemExit) as error:
