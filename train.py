@@ -1560,9 +1560,11 @@ def plot_lines(path, panels, methods):
         if path.stem == "correlation":                               # the paper's Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
-        (low, high), place = ax.get_ylim(), -math.inf
-        for end, label, color in sorted(names):                      # beside the ends, apart from each other
-            place = max(end, place + (high - low) / 18)
+        (low, high), names = ax.get_ylim(), sorted(names)
+        steps = (high - low) / 18 * np.arange(len(names))
+        places = np.maximum.accumulate([end for end, *_ in names] - steps) + steps  # beside the ends, apart from each
+        places = np.minimum(places, high - steps[::-1])              # other and not above the frame
+        for place, (_, label, color) in zip(places, names):
             ax.text(1.02, place, label, color=color, va="center", size=9, transform=ax.get_yaxis_transform())
     figure.savefig(path)
 
