@@ -1195,6 +1195,12 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     (tmp_path / "val" / "a").mkdir(parents=True)
     shutil.copy(next((files / "val").glob("*/*.JPEG")), tmp_path / "val" / "a" / "x.JPEG")
     one_line(evaluation("--data-dir", tmp_path), "val has 1 classes, the model 3: --data-dir names")
+    one_line(evaluation("--data-dir", tmp_path / "nowhere"), "val does not exist: --data-dir names the folder that")
+    measured = (folder / "mechanism.json").read_text()
+    for path in shutil.copytree(files, tmp_path / "empty").rglob("*.JPEG"):
+        path.write_bytes(b"")
+    result = ok(report(tmp_path, folder, "--data-dir", tmp_path / "empty"))
+    assert "fewer than two test images" in result.err and (folder / "mechanism.json").read_text() == measured
 
 
 # ------------------------------------------------------------------------------------- train.py: runs that survive
@@ -1293,6 +1299,18 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     one_line(evaluation(tmp_path / "nowhere"), "nowhere cannot be read (No such file")
 
 
+@pytest.mark.parametrize("error, says", [
+    ("CUDA out of memory. Tried to allocate 20 GiB", "error: out of memory: raise --accumulate, or lower --batch-size"),
+    ("DefaultCPUAllocator: can't allocate memory: you tried", "error: out of memory: raise --accumulate"),
+    ("DataLoader worker (pid 7) is killed by signal: Killed.", "error: one of the --workers was stopped, or lacked")])
+def test_lack_of_memory_is_one_line(cli, monkeypatch, error, says):
+    def fails(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(train, "train_run", fails)
+    one_line(cli(), says)
+
+
 # ------------------------------------------------------------------------------------------ train.py: processes
 
 DRIVER = """
@@ -1369,9 +1387,9 @@ def test_one_process_two_and_parts_are_the_same_run(files, tmp_path):
     (["--recipe", "lr_per=year"], "lr_per=year is neither epoch nor step"),
     (["--device", "cuda:99"], "--device: cuda:99 is not available on this machine"),
     (["--device", "abacus"], "--device: abacus is not one of auto, cpu, cuda"),
-    (["--name", "../up"], "--name: '../up' is not a single folder name"),
-    (["--name", ".."], "is not a single folder name"),
-    (["--name", "ä" * 101], "is not a single folder name"),
+    (["--name", "../up"], "--name: '../up' is not the name of one folder"),
+    (["--name", ".."], "is not the name of one folder"),
+    (["--name", "ä" * 101], "of 200 bytes at most"),
     (["--compile", "graphs"], "--compile: graphs needs CUDA and one process"),
     (["--freeze"], "--freeze: it trains only the head: --init gives it trained weights"),
     (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
@@ -1456,7 +1474,7 @@ def test_the_table_of_finished_runs(tmp_path):
     rows = rows_of(report(tmp_path, *folders, "--base", "mpvg").out)
     assert [rows[0][3], *(row[3] for row in rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "+1.00, +0.50", "",
                                                             "-13.00"]
-    one_line(report(tmp_path, folders[0], "--base", "pgv"), "none of these runs is of --base pgv")
+    one_line(report(tmp_path, folders[0], "--base", "pgv"), "none of these runs is of --base pgv: choose from default")
     one_line(report(tmp_path, tmp_path / "a0", tmp_path / "a0"), "same method, setting and seed: leave one out")
     assert report(tmp_path, tmp_path / "other").code == 1
 

@@ -316,7 +316,10 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
     if dataset.load:
         images, labels = dataset.load(root, train)
     else:
-        folder = ImageFolder(root / ("train" if train else "val"))
+        path = root / ("train" if train else "val")
+        if not path.is_dir():
+            raise SystemExit(f"error: {path} does not exist: --data-dir names the folder that holds train/ and val/")
+        folder = ImageFolder(path)
         if len(folder.classes) != config["num_classes"]:
             raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
                              f"{config['num_classes']}: --data-dir names the folder it was trained on")
@@ -939,7 +942,7 @@ def method_label(config):
 def run_folder(flags, config):
     name = flags["name"] or f"{method_label(config)}-{config['model']}-{config['data']}-seed{config['seed']}"
     if Path(name).name != name or name == ".." or len(os.fsencode(name)) > 200:
-        refuse("name", f"{name!r} is not a single folder name: --runs says where it goes")
+        refuse("name", f"{name!r} is not the name of one folder, of 200 bytes at most; --runs says where it goes")
     return Path(flags["runs"]) / name                                # in a sweep, older typers give text
 
 
@@ -977,7 +980,7 @@ def train_command(
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
     recipe: str | None = flag("Other numbers of the recipe: mixup=0,erase=0.1. An unknown name lists them all."),
-    init: Path | None = flag("Checkpoint to start from; the head is new for another data set or number of classes."),
+    init: Path | None = flag("Checkpoint to start from; the head is new for another --data or number of classes."),
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
     device: str = DEVICE,
@@ -1097,7 +1100,7 @@ def sweep(
     methods: str = flag("Comma-separated methods, each as for --method: default,mpvg,mpvg:layer0=true.",
                         default="default,lape,pvg,mpvg"),
     seeds: int = flag("Seeds 0 to N - 1 of each method.", default=3, min=1),
-    jobs: int = flag("Runs side by side; each writes what it prints to RUNS/NAME.txt.", default=1, min=1),
+    jobs: int = flag("Runs side by side; if there are two or more, each prints to RUNS/NAME.txt.", default=1, min=1),
 ):
     """Train every method with every seed.
 
@@ -1111,13 +1114,16 @@ def sweep(
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
     planned = {}                                                     # folder -> configuration, command line
-    for seed, method in itertools.product(range(seeds), methods.split(",")):  # so that a stopped sweep has whole seeds
+    # Seed by seed, so that a stopped sweep has whole seeds.
+    for seed, method in itertools.product(range(seeds), methods.replace(" ", "").split(",")):
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = common.params | dict(method=method, seed=seed)
         config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
         if not flags["precision"]:                                   # each run asks its GPU; the sweep must not use one
             del config["precision"]
         planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
+    if jobs > 1 and (load := DATASETS[config["data"]].load):
+        load(common.params["data_dir"], False)                       # downloads once, not in each job
     runs_folder = Path(common.params["runs"])
     runs_folder.mkdir(parents=True, exist_ok=True)
 
@@ -1496,8 +1502,11 @@ def images_to_measure(config, count, data_dir, device):
     """-> at most `count` test images of all classes, a list of normalised batches (B, 3, H, W) and labels (B,)."""
     data = load_split(config, "test", data_dir, device)
     every = math.ceil(len(data) / count)                             # files are sorted by class
-    return [(normalise(images[labels >= 0].to(device), config["data"]), labels[labels >= 0].to(device))
-            for images, labels in data.test_batches(0, every, 50)]
+    batches = [(normalise(images[labels >= 0].to(device), config["data"]), labels[labels >= 0].to(device))
+               for images, labels in data.test_batches(0, every, 50)]
+    if sum(len(labels) for _, labels in batches) < 2:
+        raise SystemExit("error: fewer than two test images can be decoded")
+    return batches
 
 
 def measure_run(run, model, batches):
@@ -1506,7 +1515,8 @@ def measure_run(run, model, batches):
     torch.manual_seed(run.config["seed"])                            # the model before training
     before = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
     values |= measure_position(model, batches) | dict(
-        offset_before=before, beta_variance=variance(values["beta"]), offset_variance=variance(values["offset"]))
+        offset_before=before, beta_variance=variance(values["beta"]), offset_variance=variance(values["offset"]),
+        images=sum(len(labels) for _, labels in batches))
     run.mechanism.update(values)
     save(run.folder / "mechanism.json", (json.dumps(values) + "\n").encode())
     return tokens, pe
@@ -1624,11 +1634,12 @@ def report(
     if not runs:
         raise SystemExit("error: none of these folders holds a finished run")
     if base not in (None, *(run.label for run in runs)):
-        raise SystemExit(f"error: none of these runs is of --base {base}")
+        labels = ", ".join(sorted({run.label for run in runs}))
+        raise SystemExit(f"error: none of these runs is of --base {base}: choose from {labels}")
     runs.sort(key=lambda run: ([*METHODS].index(run.config["method"]), run.label, run.config["seed"]))
     settings, test_images, heatmaps = by_setting(runs), {}, {}
     for run in tqdm([run for run in runs if (run.folder / "last.pt").exists()], "measuring", leave=False, disable=None):
-        key = run.config["data"], run.config["image_size"]
+        key = run.config["data"], run.config["image_size"], run.config["num_classes"]
         try:
             model = load_checkpoint(run.folder)[0].to(device).eval()
             if key not in test_images:
@@ -1637,7 +1648,7 @@ def report(
             typer.echo(f"note: {run.folder} is not measured ({error})", err=True)
             continue
         tokens, pe = measure_run(run, model, test_images[key])
-        heatmaps.setdefault((run.setting, run.label), (run.folder.name, tokens, pe))  # one run per method
+        heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
     measured = by_setting(run for run in runs if "stream" in run.mechanism)
     for title, methods in settings.items():
         typer.echo(results_table(title, methods, base) + contrast_table(contrasts(methods))
@@ -1652,8 +1663,8 @@ def report(
                 shown = methods if name == "curves" else measured.get(title)
                 if shown:
                     plot_lines(folder / f"{name}.png", panels, shown)
-        for name, tokens, pe in heatmaps.values():
-            plot_layers(out / f"layers-{name}.png", name, tokens, pe)
+            for name, tokens, pe in heatmaps.get(title, {}).values():
+                plot_layers(folder / f"layers-{name}.png", name, tokens, pe)
         typer.echo(f"figures in {out}")
     except ImportError:
         typer.echo("the figures need matplotlib: pip install matplotlib")
@@ -1662,8 +1673,12 @@ def report(
 def main():
     try:
         app()
-    except torch.OutOfMemoryError:
-        raise SystemExit("error: out of memory: raise --accumulate, or lower --batch-size or --jobs") from None
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "allocate memory" in str(error):         # CUDA's words, the CPU's
+            raise SystemExit("error: out of memory: raise --accumulate, or lower --batch-size or --jobs") from None
+        if "DataLoader worker" in str(error):
+            raise SystemExit("error: one of the --workers was stopped, or lacked (shared) memory: try fewer") from None
+        raise
     except OSError as error:                                         # a full disk, a folder without permission
         raise SystemExit(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}") from None
 
