@@ -100,13 +100,13 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def parse_assignments(text, separator, names):
-    """Text such as mixup=0,lr_per=step -> {"mixup": 0, "lr_per": "step"}. Raises ValueError for an unknown name."""
+def parse_assignments(option, text, separator, names):
+    """Text of an option, such as mixup=0,lr_per=step -> {"mixup": 0, "lr_per": "step"}. Refuses an unknown name."""
     values = {}
     for item in filter(None, (text or "").split(separator)):
         name, _, word = item.strip().partition("=")
         if name not in names:
-            raise ValueError(f"{item!r} is not NAME=VALUE with a name of {', '.join(names)}")
+            refuse(option, f"{item!r} is not NAME=VALUE with a name of {', '.join(names)}")
         word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
         try:
             values[name] = json.loads(word)
@@ -691,7 +691,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
         example = images.to(device), targets.to(device)
         evaluate(compiled, data["test"], config, device)             # compiles it; a failure here costs no epoch
         compile_now(train_step, optimizer, example)
-        print_main(f"compiled, with one pass over the test images, in {time.perf_counter() - start:.0f} s")
+        print_main(f"compiled in {time.perf_counter() - start:.0f} s, including one pass over the test images")
     log = checkpoint["log"] if checkpoint else []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -771,14 +771,13 @@ def save_record(folder, config, log):
     save(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
 
 
-def load_checkpoint(path, image_size=None):
-    """-> the model with its weights, and the checkpoint. path: a run's folder or a file; image_size: None: its own."""
+def load_checkpoint(path):
+    """-> the model with its weights, and the checkpoint. path: a run's folder, or a file."""
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
-        config = checkpoint["config"] | (dict(image_size=image_size) if image_size else {})
-        setting(config)                                              # fails where a value is missing
-        model = load_weights(build_model(config), checkpoint["model"])
+        setting(checkpoint["config"])                                # fails where a value is missing
+        model = load_weights(build_model(checkpoint["config"]), checkpoint["model"])
         if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
             raise ValueError("it holds no finished epoch")
     except OSError as error:
@@ -856,7 +855,7 @@ def choose_device(name):
 
 
 def choose_method(flags):
-    """-> a method's name, and the options of mpvg.ViT that override its own. Raises ValueError."""
+    """-> a method's name, and the options of mpvg.ViT that override its own."""
     chosen = flags["pe"], flags["pool"], flags["mpvg"]
     if flags["method"] is None:
         pe, pool, mpvg = flags["pe"] or "layerwise", flags["pool"] or "gap", flags["mpvg"] or not any(chosen)
@@ -866,7 +865,7 @@ def choose_method(flags):
         refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
     method, _, options = flags["method"].partition(":")
     names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
-    return method, parse_assignments(options, ":", sorted(names))
+    return method, parse_assignments("method", options, ":", sorted(names))
 
 
 def recipe_for(data, **changes):
@@ -893,10 +892,10 @@ def configure(flags):
     cuda = device.type == "cuda"
     data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
     dataset = DATASETS[data]
+    method, overrides = choose_method(flags)
+    changes = parse_assignments("recipe", flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
+    changes |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
     try:
-        method, overrides = choose_method(flags)
-        changes = parse_assignments(flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
-        changes |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
         recipe = recipe_for(data, **changes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -1064,7 +1063,7 @@ def train_run(flags, config, folder, device):
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
-    if checkpoint and RANK == 0:                                     # a kill may have left older ones than last.pt
+    if checkpoint and RANK == 0:                                     # after a kill, they may be older than last.pt
         save_record(folder, checkpoint["config"], checkpoint["log"])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
@@ -1208,7 +1207,7 @@ def setting(config):
     usual = dataclasses.asdict(recipe) | dict(
         batch_size=dataset.recipe.batch_size, image_size=dataset.image_size, num_classes=dataset.num_classes or 1000,
         fraction=1.0, init=None, freeze=False)
-    if config["init"]:                                               # a run's own method and seed: one setting
+    if config["init"]:                                               # METHOD and N, if they are the run's own
         start, end = f"{method_label(config)}-", f"-seed{config['seed']}"
         config = config | dict(init="-".join(
             f"METHOD-{part[len(start):-len(end)]}-seedN" if part.startswith(start) and part.endswith(end) else part
@@ -1267,8 +1266,8 @@ Differences are paired by seed; +- is half of the confidence interval of that le
 the sign and need four seeds; read them once, when all planned seeds are done. The interaction,
 (lape-gap - gap) - (lape - default), is tested at 5 % by itself. lape - default, lape-gap - gap,
 mpvg - pvg and mpvg - default share 5 % by Holm's procedure, even if some of them are missing: once
-one is inconclusive, so are all with a larger p-value. Last column: is the paper's value, of one run
-per method, inside our interval?
+one is inconclusive, so are all with a larger p-value. Where the paper has a value, of one run per
+method: is it inside our interval?
 """
 MECHANISM_NOTE = """\
 Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
@@ -1390,8 +1389,13 @@ def evaluate_command(
 ):
     """Measure a run's test accuracy and loss again."""
     device = choose_device(device)
-    model, checkpoint = load_checkpoint(run, image_size)
-    config, size = checkpoint["config"], model.image_shape[1]
+    model, checkpoint = load_checkpoint(run)
+    config = checkpoint["config"]
+    size = image_size or config["image_size"]
+    try:
+        model = load_weights(build_model(config | dict(image_size=size)), checkpoint["model"])
+    except ValueError as error:
+        refuse("image-size", str(error))
     net = fold(model) if fold_ else model
     if DATASETS[config["data"]].load and image_size:                 # image files are cropped to this size
         net.register_forward_pre_hook(lambda _, x: F.interpolate(*x, size=size, mode="bicubic", antialias=True))
@@ -1543,16 +1547,19 @@ FIGURES = {  # name -> panels: x label, y label, the values to draw, and values 
 def plot_lines(path, panels, methods):
     """Writes a figure of FIGURES: one line per method, the mean of its runs, with a band from minimum to maximum.
 
-    Lines of one method have one colour and are solid, dashed and dash-dotted, in the order in which they are shown.
+    A method has the same colour in all figures. With other options it is dashed, in three ways that repeat.
     """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5 * len(panels) + 1, 3.8), layout="constrained")
     for ax, (x, y, *lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        names, colors = [], []
+        names, dashed = [], []
         for label, seeds in methods.items():
             run = next(iter(seeds.values()))
-            colors.append(color := f"C{list(METHODS).index(run.config['method'])}")
-            for values_of, style in zip(lines, (("-", "--", "-.")[(colors.count(color) - 1) % 3], ":")):
+            color, dash = f"C{list(METHODS).index(run.config['method'])}", "-"
+            if "=" in label:
+                dash = ("--", "-.", (0, (5, 1, 1, 1, 1, 1)))[dashed.count(color) % 3]
+                dashed.append(color)
+            for values_of, style in zip(lines, (dash, ":")):
                 values = np.array([values_of(run) for run in seeds.values()], float)  # None: nan
                 middle = values.mean(0)
                 ax.plot(middle, style, marker="." if len(middle) < 20 else "", color=color)
@@ -1572,8 +1579,8 @@ def plot_lines(path, panels, methods):
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
         (low, high), names = ax.get_ylim(), sorted(names)
         steps = (high - low) / 18 * np.arange(len(names))
-        places = np.maximum.accumulate([end for end, *_ in names] - steps) + steps  # beside the ends, apart from each
-        places = np.minimum(places, high - steps[::-1])              # other and not above the frame
+        places = np.maximum.accumulate([end for end, *_ in names] - steps) + steps  # at least a step apart
+        places = np.minimum(places, high - steps[::-1])              # pushed down where they would leave the frame
         for place, (_, label, color) in zip(places, names):
             ax.text(1.02, place, label, color=color, va="center", size=9, transform=ax.get_yaxis_transform())
     figure.savefig(path)
@@ -1645,7 +1652,7 @@ def report(
             if key not in test_images:
                 test_images[key] = images_to_measure(run.config, images, data_dir, device)
         except (OSError, SystemExit) as error:
-            typer.echo(f"note: {run.folder} is not measured ({error})", err=True)
+            typer.echo(f"note: {run.folder} is not measured now ({error})", err=True)
             continue
         tokens, pe = measure_run(run, model, test_images[key])
         heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
