@@ -1207,7 +1207,7 @@ def setting(config):
     usual = dataclasses.asdict(recipe) | dict(
         batch_size=dataset.recipe.batch_size, image_size=dataset.image_size, num_classes=dataset.num_classes or 1000,
         fraction=1.0, init=None, freeze=False)
-    if config["init"]:                                               # METHOD and N, if they are the run's own
+    if config["init"]:                                               # named without this run's method and seed
         start, end = f"{method_label(config)}-", f"-seed{config['seed']}"
         config = config | dict(init="-".join(
             f"METHOD-{part[len(start):-len(end)]}-seedN" if part.startswith(start) and part.endswith(end) else part
