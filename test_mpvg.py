@@ -1286,7 +1286,8 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     saved, says = load(folder), f"error: {path} cannot be used as a checkpoint of this train.py ("
     config = saved["config"]
     wrong = [
-        saved["model"], [1, 2], saved | dict(config={}), saved | dict(config=config | dict(method="lape")),
+        saved["model"], [1, 2], saved | dict(config={key: config[key] for key in config if key != "flip"}),
+        saved | dict(config={}), saved | dict(config=config | dict(method="lape")),
         saved | dict(log=[]), saved | dict(optimizer=saved["optimizer"] | dict(state={}))]
     for contents in wrong:
         torch.save(contents, path)
@@ -1378,19 +1379,19 @@ def test_one_process_two_and_parts_are_the_same_run(files, tmp_path):
     (["--method", "mpvg:num_classes=7"], "--method: 'num_classes=7' is not NAME=VALUE with a name of add_input"),
     (["--epochs", "0"], "Invalid value: epochs=0 must be between 1 and"),
     (["--batch-size", "401"], "--batch-size: 401 is more than the 200 training images"),
-    (["--recipe", "warmup_epochs=6"], "cooldown_epochs leave none of the 6 epochs for the cosine"),
+    (["--recipe", "warmup_epochs=6"], "Invalid value: warmup_epochs and cooldown_epochs leave none of the 6 epochs"),
     (["sweep", "--epochs", "3"], "write the flags after sweep"),
     (["--recipe", "mixpu=1"], "--recipe: 'mixpu=1' is not NAME=VALUE with a name of epochs, batch_size, lr"),
-    (["--recipe", "mixup=1e-300"], "mixup and cutmix are 0 or at least 0.01"),
-    (["--recipe", "batch_size=true"], "batch_size=True is not of type int"),
-    (["--recipe", "epochs=ten"], "epochs=ten is not of type int"),
-    (["--recipe", "erase=NaN"], "erase=nan must be between 0 and 1"),
-    (["--recipe", "lr_per=year"], "lr_per=year is neither epoch nor step"),
+    (["--recipe", "mixup=1e-300"], "Invalid value: mixup and cutmix are 0 or at least 0.01"),
+    (["--recipe", "batch_size=true"], "Invalid value: batch_size=True is not of type int"),
+    (["--recipe", "epochs=ten"], "Invalid value: epochs=ten is not of type int"),
+    (["--recipe", "erase=NaN"], "Invalid value: erase=nan must be between 0 and 1"),
+    (["--recipe", "lr_per=year"], "Invalid value: lr_per=year is neither epoch nor step"),
     (["--device", "cuda:99"], "--device: cuda:99 is not available on this machine"),
     (["--device", "abacus"], "--device: abacus is not one of auto, cpu, cuda"),
     (["--name", "../up"], "--name: '../up' is not the name of one folder"),
-    (["--name", ".."], "is not the name of one folder"),
-    (["--name", "ä" * 101], "of 200 bytes at most"),
+    (["--name", ".."], "--name: '..' is not the name of one folder"),
+    (["--name", "ä" * 101], "is not the name of one folder, of 200 bytes at most"),
     (["--compile", "graphs"], "--compile: graphs needs CUDA and one process"),
     (["--freeze"], "--freeze: it trains only the head: --init gives it trained weights"),
     (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
@@ -1476,7 +1477,7 @@ def test_the_table_of_finished_runs(tmp_path):
     assert [rows[0][3], *(row[3] for row in rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "+1.00, +0.50", "",
                                                             "-13.00"]
     one_line(report(tmp_path, folders[0], "--base", "pgv"), "none of these runs is of --base pgv: choose from default")
-    one_line(report(tmp_path, tmp_path / "a0", tmp_path / "a0"), "same method, setting and seed: leave one out")
+    one_line(report(tmp_path, tmp_path / "a0", tmp_path / "a0"), "have the same method, setting and seed: leave one")
     assert report(tmp_path, tmp_path / "other").code == 1
 
 
@@ -1622,6 +1623,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     found = json.loads((folder / "mechanism.json").read_text())
     assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
     assert found["offset"] == pytest.approx(expected["offset"], abs=1e-5) and len(found["beta"]) == 128
+    assert found["images"] == 40
     for name in ("beta", "offset"):
         assert found[f"{name}_variance"] == pytest.approx(np.var(found[name], ddof=1))
     torch.manual_seed(0)
@@ -1661,11 +1663,13 @@ def sweep(*flags):
 
 
 def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
-    asked, both = [], threading.Barrier(2)
+    asked, loaded, both = [], [], threading.Barrier(2)
+    monkeypatch.setitem(train.DATASETS, "numbers", dataclasses.replace(
+        train.DATASETS["numbers"], load=lambda root, train: loaded.append(root)))
     monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command[-3:-1]) or SimpleNamespace(
         returncode=1 + both.wait(20)))                                          # waits until two runs are under way
-    result = sweep("--methods", "gap,mpvg", "--seeds", 2, "--jobs", 2, "--runs", tmp_path)
-    assert "4 of 4 runs failed" in result.err
+    result = sweep("--methods", "gap, mpvg", "--seeds", 2, "--jobs", 2, "--runs", tmp_path, "--data-dir", "here")
+    assert "4 of 4 runs failed" in result.err and [*map(str, loaded)] == ["here"]           # downloaded once, before
     order = [[f"--method={method}", f"--seed={seed}"] for seed in (0, 1) for method in ("gap", "mpvg")]
     assert sorted(asked[:2]) == order[:2] and sorted(asked[2:]) == order[2:]    # whole seeds first
 
