@@ -1,6 +1,6 @@
-"""How fast? Times our methods, other libraries' ViTs and the machine's own limits side by side.
+"""Times our methods, other libraries' ViTs and the machine's own limits side by side.
 
-    python bench.py                          # DeiT-Ti: the paper's methods and every peer that is installed
+    python bench.py                          # DeiT-Ti: six of our methods and every installed peer
     python bench.py --quick                  # a first look at a small model, a minute or two on two CPU cores
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
@@ -198,7 +198,7 @@ def run_table(table, names, s):
         for limit in limits:
             limit.seconds.append(limit.time(s.device))
         order = shuffle.sample(contestants, len(contestants))
-        order[-1].time(s.device)                                     # unrecorded: the first follows another, too
+        order[-1].time(s.device)                                     # not recorded: the first follows another, too
         for one in order:
             one.seconds.append(one.time(s.device))
     for one in contestants:
@@ -213,8 +213,8 @@ def run_table(table, names, s):
 def speed(one, other):
     """-> speed of one as a share of the other's: median of the rounds and its 95 % interval; None without another.
 
-    The interval is between two of the sorted ratios. With fewer than 9 it holds all of them: 97 to 99 % confidence from
-    6 on, less with fewer.
+    The interval runs between two of the sorted ratios. With fewer than 9 it spans all of them: 97 to 99 % confidence
+    from 6 on, less below.
     """
     if other is None:
         return None
@@ -288,12 +288,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag("Methods; METHOD-folded is after fold().", default="default,gap,lape,pvg,mpvg,mpvg-folded"),
+    methods: str = flag("Methods; X-folded is X after fold().", default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PEERS)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),
     quick: bool = flag(f"Other defaults: {', '.join(f'--{k} {v}' for k, v in QUICK.items())}.", "--quick",
                        default=False, is_eager=True, callback=use_quick_defaults),
-    batch: int | None = flag("Images per step.", shown="128 for 32x32; else 16 on a CPU, 256", min=1, max=65536),
+    batch: int | None = flag("Images per step.", shown="128 for 32x32; else 256 (CPU: 16)", min=1, max=65536),
     dtype: Literal["bf16", "fp32"] | None = flag("fp32 is TF32 on CUDA.", shown="bf16 if CUDA has it, else fp32"),
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
         "torch.compile's mode.", default="default"),
@@ -307,7 +307,7 @@ def bench(
     x plain      speed relative to default (class token) or gap (GAP): median of the rounds, 95 % interval
     x best peer  speed relative to the other library's model that is fastest here with the same pooling
     peak, roof   share of a large matrix product's speed; of the roofline, which also counts moved bytes
-    images/s     the plain method's median times x plain, so that the two columns agree; ms as well
+    images/s     the plain method's median times its x plain, so that the two columns agree; likewise ms
     MiB, comp    peak memory; seconds of compilation, short if torch finds the graph in its disk cache
     """
     names = words("--methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])

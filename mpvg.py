@@ -47,7 +47,7 @@ METHODS = {
     "mpvg-free":   dict(pe="layerwise", pool="gap", layer0=False, hierarchical=True, add_input=True, last_pe="free"),
 }
 
-MODELS = {  # what a row leaves out is ViT's default: patch 16 of 224, depth 12, MLP ratio 4, 1000 classes
+MODELS = {  # other options keep ViT's defaults: 224x224 images, patches of 16, depth 12, MLP ratio 4, 1000 classes
     "vit-lite":   dict(image_size=32, patch_size=4, num_classes=100, dim=256, depth=7, heads=4, mlp_ratio=2.0,
                        qkv_bias=False, norm_eps=1e-5, attn_drop=0.1, drop_path=0.1, block_type="renorm",
                        init="vit-lite", pe_std=0.2),
@@ -120,11 +120,12 @@ class ViT(nn.Module):
         image_size: height and width in pixels, an int or (h, w); a multiple of patch_size.
         block_type: "prenorm", or "renorm", ViT-Lite's block, whose second norm replaces the residual stream.
         init: "deit", or "vit-lite": Kaiming-normal patch convolution, class token starts at 0.
-        attn_drop, drop_path: dropout of attention probabilities; stochastic depth, linear from 0 to the last block's.
+        attn_drop: dropout of attention probabilities.
+        drop_path: stochastic depth, the last block's rate; it rises linearly from 0 in block 0.
         pe_init, pe_std: "learned", from a truncated normal of that standard deviation, or "sincos", fixed.
 
     Method (METHODS has the paper's combinations):
-        pe: "absolute", added to the tokens once; "layerwise", delivered to the attention of each block; "none".
+        pe: "absolute", added to the tokens once; "layerwise", delivered to the blocks' attention (see layer0); "none".
         pool: "cls", class token; "gap", mean over the tokens after the last norm.
         last_pe: what is added to the last norm's output (GAP only). None: nothing. 0: LN'(pos_0), MPVG. n >= 1: LN' of
             the e_n that block n is given (Table 5). "shift": a learned vector. "free": LN' of a second learned table.
@@ -165,7 +166,7 @@ class ViT(nn.Module):
         self.init_weights(init, pe_std)
 
     def init_weights(self, init, pe_std):
-        """Norms start at 1 and 0, torch's default. PE tables are drawn last, so that all methods share the rest."""
+        """Norms keep torch's weight 1 and bias 0. PE tables are drawn last: all methods share the other weights."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -204,7 +205,7 @@ class ViT(nn.Module):
     def forward_features(self, images):
         """Images (B, C, H, W) -> tokens after the last norm and its PE, (B, N, D); a class token is row 0."""
         if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images are {tuple(images.shape)}, not (B, *{self.image_shape}): change image_size")
+            raise ValueError(f"images are {tuple(images.shape)}; the model takes (B, *{self.image_shape})")
         delivered = self.delivered_pe()
         last = self.last_norm_pe(delivered)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, D, h, w) -> (B, N, D), row by row
@@ -258,11 +259,11 @@ def check_options(*, image_size, patch_size, depth, dim, heads, mlp_ratio, norm_
     if dim % heads or (pe_init == "sincos" and dim % 4):
         raise ValueError(f"dim {dim} is not divisible by heads {heads}, or by 4 for pe_init='sincos': change one")
     if pe != "layerwise" and (layer0 or not hierarchical or not add_input):
-        raise ValueError(f"layer0, hierarchical and add_input shape a layer-wise PE: leave them out with pe={pe!r}")
+        raise ValueError(f"layer0, hierarchical and add_input need pe='layerwise': leave them out with pe={pe!r}")
     if not (type(last_pe) is int and 0 <= last_pe < depth) and last_pe not in (None, "shift", "free"):
         raise ValueError(f"unknown last_pe {last_pe!r}: choose from None, 0 to {depth - 1}, 'shift', 'free'")
     if last_pe is not None and pool == "cls":
-        raise ValueError("last_pe acts on the mean over tokens: use pool='gap', or last_pe=None with a class token")
+        raise ValueError("last_pe needs pool='gap': use that, or last_pe=None with a class token")
     if type(last_pe) is int and (pe == "none" or pe == "absolute" and last_pe > 0):
         raise ValueError(f"last_pe={last_pe} names a PE that pe={pe!r} does not have: use pe='layerwise'")
 
@@ -289,7 +290,7 @@ class StoredPE(nn.Module):
 def fold(model):
     """-> a copy for inference, in eval mode: no PE norm is left, and the logits are the same, for every method.
 
-    No PE depends on the image, so each e_l is stored once. The last one adds the same vector to every mean over the
+    No PE depends on the image, so each e_l is stored once. The last PE adds the same vector to every mean over the
     tokens, so it moves into the head's bias (and is missing from the copy's forward_features()).
     """
     folded = copy.deepcopy(model).requires_grad_(False)
@@ -373,7 +374,7 @@ def drop_cls_token(model, state):
 
 
 def load_weights(model, source, *, new_head=False, old_grid=None, from_cls=False):
-    """Loads a checkpoint, a path or a state dict, into the model and returns the model. DeiT's, timm's and LaPE's fit.
+    """Loads a checkpoint, a path or a state dict (DeiT's, timm's and LaPE's fit), into the model and returns the model.
 
     A PE of another grid is resized; old_grid, (h, w) in patches, is needed where the checkpoint's grid is not square.
     new_head: keep the model's head where the number of classes differs. from_cls: take weights with a class token into

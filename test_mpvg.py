@@ -402,7 +402,7 @@ def test_a_seed_gives_all_methods_the_same_weights():
 
 
 @pytest.mark.parametrize("options, says", [
-    (dict(pool="cls", last_pe=0), "use pool='gap'"),
+    (dict(pool="cls", last_pe=0), "last_pe needs pool='gap': use that"),
     (dict(pool="gap", pe="none", last_pe=0), "last_pe=0 names a PE that pe='none' does not have"),
     (dict(pool="gap", pe="absolute", last_pe=1), "use pe='layerwise'"),
     (dict(pool="gap", pe="layerwise", last_pe=3), "choose from None, 0 to 2"),
@@ -426,7 +426,7 @@ def test_impossible_options_say_what_to_do(options, says):
 def test_unknown_names_and_shapes():
     with pytest.raises(ValueError, match="unknown model 'vit-huge': choose from vit-lite"):
         create("vit-huge", "mpvg")
-    with pytest.raises(ValueError, match=re.escape("(4, 3, 8, 8), not (B, *(3, 8, 12))")):
+    with pytest.raises(ValueError, match=re.escape("(4, 3, 8, 8); the model takes (B, *(3, 8, 12))")):
         tiny()(images(size=(8, 8)))
     assert tiny(in_channels=2)(images()[:, :2]).shape == (4, 5)
 
@@ -966,7 +966,7 @@ def test_a_run_leaves_its_record(trained):
     assert [line["epoch"] for line in log] == [1, 2, 3] and saved["log"] == log and saved["config"] == config
     assert config["method"] == "mpvg" and config["images"] == 200
     assert config["environment"]["torch"] == torch.__version__ and config["environment"]["device"] == "cpu"
-    for words in ("mpvg: vit-nano with 570,852 parameters", "200 images to train, 40 to test", f"writes {folder}",
+    for words in ("mpvg: vit-nano with 570,852 parameters", "200 training images, 40 test images", f"writes {folder}",
                   f"test accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch",
                   f"next, tables and figures: python train.py report {folder}"):
         assert words in out
@@ -1140,7 +1140,7 @@ def test_init_from_a_class_tokens_weights(cli, tmp_path):
     result = cli("--method", "mpvg", "--epochs", 1, "--lr", 0, "--init", first)
     new = ", ".join(f"{name}.{part}" for name in ("blocks.1.pe_norm", "blocks.2.pe_norm", "blocks.3.pe_norm", "pe_norm")
                     for part in ("weight", "bias"))
-    assert f"starts from {first}, without its class token, new and 0: {new}, with its head" in result.out, result.err
+    assert f"starts from {first}, without its class token, new, starting at 0: {new}, with its head" in result.out, result.err
     one_line(cli("--method", "mpvg", "--init", first, "--freeze", "--name", "probe"), "leave out --freeze")
     torch.save({"state_dict": load(first)["model"]}, tmp_path / "other.pt")
     result = cli("--method", "gap", "--epochs", 1, "--init", tmp_path / "other.pt", "--freeze", "--name", "probe")
@@ -1180,7 +1180,7 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "DataLoader", lambda *a, **how: asked.add(how["num_workers"]) or real(*a, **how))
     result = cli(*flags, "--workers", 2, "--fraction", 0.95, data="imagenet")
     assert asked == {2}
-    assert result.code == 0 and "48 images to train, 15 to test" in result.out, result.err
+    assert result.code == 0 and "48 training images, 15 test images" in result.out, result.err
     folder = tmp_path / "mpvg-vit-nano-imagenet-seed0"
     last = log_of(folder)[-1]
     assert last["unreadable"] >= 2 and load(folder)["config"]["num_classes"] == 3
@@ -1194,8 +1194,8 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     assert "with its head" in tuned.out and load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
     (tmp_path / "val" / "a").mkdir(parents=True)
     shutil.copy(next((files / "val").glob("*/*.JPEG")), tmp_path / "val" / "a" / "x.JPEG")
-    one_line(evaluation("--data-dir", tmp_path), "val has 1 classes, the model 3: --data-dir names")
-    one_line(evaluation("--data-dir", tmp_path / "nowhere"), "val does not exist: --data-dir names the folder that")
+    one_line(evaluation("--data-dir", tmp_path), "val has 1 classes, the model 3: set --data-dir to the folder it was")
+    one_line(evaluation("--data-dir", tmp_path / "nowhere"), "val does not exist: set --data-dir to the folder that")
     measured = (folder / "mechanism.json").read_text()
     for path in shutil.copytree(files, tmp_path / "empty").rglob("*.JPEG"):
         path.write_bytes(b"")
@@ -1249,7 +1249,7 @@ def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
     again = cli(*flags, "--resume")
     assert again.code == 0 and "resumes after epoch 1" in again.out and log_of(folder) == log
     one_line(cli(*flags, "--lr", 0.5, "--seed", 1, "--name", MPVG, "--resume"),
-             "was trained with other flags: seed was 0, is 1; lr was 0.002, is 0.5. Give those, or another --runs")
+             "was trained with other flags: seed was 0, is 1; lr was 0.002, is 0.5. Use the old ones, or another --runs")
     one_line(cli(*flags), "exists: --resume continues it, --overwrite replaces it, --name chooses another")
     one_line(cli(*flags, "--resume", "--overwrite"), "choose one")
     assert (folder / "last.pt").read_bytes() == before
@@ -1296,14 +1296,14 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     for result in (evaluation(folder), cli("--resume")):
         one_line(result, says)
     result = ok(report(tmp_path, folder))                                       # tables need no weights
-    assert f"{folder} is not measured now ({says}" in result.err and "last epoch %" in result.out
+    assert f"{folder} was not measured ({says}" in result.err and "last epoch %" in result.out
     one_line(evaluation(tmp_path / "nowhere"), "nowhere cannot be read (No such file")
 
 
 @pytest.mark.parametrize("error, says", [
     ("CUDA out of memory. Tried to allocate 20 GiB", "error: out of memory: raise --accumulate, or lower --batch-size"),
     ("DefaultCPUAllocator: can't allocate memory: you tried", "error: out of memory: raise --accumulate"),
-    ("DataLoader worker (pid 7) is killed by signal: Killed.", "error: one of the --workers was stopped, or lacked")])
+    ("DataLoader worker (pid 7) is killed by signal: Killed.", "error: a worker was killed, perhaps for lack of")])
 def test_lack_of_memory_is_one_line(cli, monkeypatch, error, says):
     def fails(*_):
         raise RuntimeError(error)
@@ -1376,12 +1376,12 @@ def test_one_process_two_and_parts_are_the_same_run(files, tmp_path):
     (["--method", "mpvg", "--pe", "none"], "--method: it replaces --pe, --pool and --mpvg: leave those out"),
     (["--pool", "cls", "--mpvg"], "--mpvg: it needs a PE and --pool gap"),
     (["--method", "rope"], "unknown method 'rope': choose from default"),
-    (["--method", "mpvg:num_classes=7"], "--method: 'num_classes=7' is not NAME=VALUE with a name of add_input"),
+    (["--method", "mpvg:num_classes=7"], "--method: 'num_classes=7' is not NAME=VALUE; NAME is one of add_input"),
     (["--epochs", "0"], "Invalid value: epochs=0 must be between 1 and"),
     (["--batch-size", "401"], "--batch-size: 401 is more than the 200 training images"),
     (["--recipe", "warmup_epochs=6"], "Invalid value: warmup_epochs and cooldown_epochs leave none of the 6 epochs"),
     (["sweep", "--epochs", "3"], "write the flags after sweep"),
-    (["--recipe", "mixpu=1"], "--recipe: 'mixpu=1' is not NAME=VALUE with a name of epochs, batch_size, lr"),
+    (["--recipe", "mixpu=1"], "--recipe: 'mixpu=1' is not NAME=VALUE; NAME is one of epochs, batch_size, lr"),
     (["--recipe", "mixup=1e-300"], "Invalid value: mixup and cutmix are 0 or at least 0.01"),
     (["--recipe", "batch_size=true"], "Invalid value: batch_size=True is not of type int"),
     (["--recipe", "epochs=ten"], "Invalid value: epochs=ten is not of type int"),
@@ -1389,11 +1389,11 @@ def test_one_process_two_and_parts_are_the_same_run(files, tmp_path):
     (["--recipe", "lr_per=year"], "Invalid value: lr_per=year is neither epoch nor step"),
     (["--device", "cuda:99"], "--device: cuda:99 is not available on this machine"),
     (["--device", "abacus"], "--device: abacus is not one of auto, cpu, cuda"),
-    (["--name", "../up"], "--name: '../up' is not the name of one folder"),
-    (["--name", ".."], "--name: '..' is not the name of one folder"),
-    (["--name", "ä" * 101], "is not the name of one folder, of 200 bytes at most"),
+    (["--name", "../up"], "--name: '../up' must be one folder name"),
+    (["--name", ".."], "--name: '..' must be one folder name"),
+    (["--name", "ä" * 101], "must be one folder name of at most 200 bytes"),
     (["--compile", "graphs"], "--compile: graphs needs CUDA and one process"),
-    (["--freeze"], "--freeze: it trains only the head: --init gives it trained weights"),
+    (["--freeze"], "--freeze: it needs --init, since it trains only the head"),
     (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
     (["--runs", __file__], "error: [Errno "),
 ], ids=str)
@@ -1504,7 +1504,7 @@ def test_contrasts(tmp_path):
 
     def row(name, values, t, *rest):
         return [name, "4", f"{values.mean():+.2f} +- {t * values.std(ddof=1) / 2:.2f}", *rest]
-    assert rows[start] == ["contrast", "n", "difference", "level %", "verdict", "paper", "model", "paper's is"]
+    assert rows[start] == ["contrast", "n", "difference", "level %", "verdict", "paper", "model", "paper is"]
     assert rows[start + 2:] == [
         row("(lape-gap - gap) - (lape - default)", lape_gap - lape, 3.182, "95.00", "agrees", "-0.96", "deit-tiny",
             "outside"),
@@ -1649,7 +1649,7 @@ def test_report_of_a_model_without_a_pe_and_then_without_its_data(cli, tmp_path,
     gone = dataclasses.replace(train.DATASETS["numbers"], load=lambda root, train: sys.exit(f"error: not in {root}"))
     monkeypatch.setitem(train.DATASETS, "numbers", gone)
     result = ok(report(tmp_path, tmp_path / "run", "--data-dir", "elsewhere"))
-    assert "index read from x" in result.out and "run is not measured now (error: not in elsewhere)" in result.err
+    assert "index read from x" in result.out and "run was not measured (error: not in elsewhere)" in result.err
 
 
 def test_accumulate_splits_the_batch(cli, monkeypatch):
@@ -1684,7 +1684,7 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     assert table in result.out and [row[0] for row in rows_of(table)[2:]] == ["gap", "mpvg-layer0=True"]
     for name in names:
         assert load(tmp_path / name)["log"][-1]["epoch"] == 1 and f"finished {tmp_path / name}.txt" in result.out
-        assert "51 images to train, 15 to test" in (tmp_path / f"{name}.txt").read_text()
+        assert "51 training images, 15 test images" in (tmp_path / f"{name}.txt").read_text()
         (tmp_path / name / "last.pt").unlink()                                  # a log is enough, with the same flags
     path = tmp_path / names[1] / "config.json"
     path.write_text(path.read_text().replace('"flip": 0.5', '"flip": 0.4'))

@@ -106,7 +106,7 @@ def parse_assignments(option, text, separator, names):
     for item in filter(None, (text or "").split(separator)):
         name, _, word = item.strip().partition("=")
         if name not in names:
-            refuse(option, f"{item!r} is not NAME=VALUE with a name of {', '.join(names)}")
+            refuse(option, f"{item!r} is not NAME=VALUE; NAME is one of {', '.join(names)}")
         word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
         try:
             values[name] = json.loads(word)
@@ -153,8 +153,8 @@ def load_cifar100(root, train):
     try:
         data = torchvision.datasets.CIFAR100(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"error: CIFAR-100 is not in {root} and could not be downloaded ({error}): --data-dir names "
-                         "the folder that holds cifar-100-python; --data numbers needs no download") from None
+        raise SystemExit(f"error: CIFAR-100 is not in {root} and could not be downloaded ({error}): set --data-dir "
+                         "to the folder that holds cifar-100-python; --data numbers needs no download") from None
     return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
 
 
@@ -279,7 +279,7 @@ class FolderData(Dataset):
     def read_batches(self, plan):
         """Yields uint8 images (B, 3, size, size) and labels (B,) for each list of (index, seed) in the plan."""
         loader = DataLoader(self, batch_sampler=plan, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                            generator=torch.Generator())             # the global one is dropout's
+                            generator=torch.Generator())             # dropout uses the global one
         self.unreadable = 0
         for images, labels, unreadable in loader:
             self.unreadable += int(unreadable.sum())
@@ -318,11 +318,11 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
     else:
         path = root / ("train" if train else "val")
         if not path.is_dir():
-            raise SystemExit(f"error: {path} does not exist: --data-dir names the folder that holds train/ and val/")
+            raise SystemExit(f"error: {path} does not exist: set --data-dir to the folder that holds train/ and val/")
         folder = ImageFolder(path)
         if len(folder.classes) != config["num_classes"]:
             raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
-                             f"{config['num_classes']}: --data-dir names the folder it was trained on")
+                             f"{config['num_classes']}: set --data-dir to the folder it was trained on")
         samples, labels = folder.samples, torch.tensor(folder.targets)
     rows = torch.arange(len(labels))
     if train and config["fraction"] < 1:
@@ -384,7 +384,7 @@ def blend(base, x, m):
 
 
 def smooth(x):
-    """Pillow's SMOOTH: weights 1 around a 5, of 13 in all; border pixels stay."""
+    """Pillow's SMOOTH filter: centre weight 5, neighbours 1, divided by 13; border pixels stay."""
     y = x.float()
     y[:, :, 1:-1, 1:-1] = ((9 * F.avg_pool2d(y, 3, 1) + 4 * y[:, :, 1:-1, 1:-1]) / 13).round()
     return y
@@ -476,7 +476,7 @@ def augment(x, draws, recipe, fill):
 
 
 def normalise(x, dataset_name):
-    """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and deviation."""
+    """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and std."""
     dataset = DATASETS[dataset_name]
     mean, std = to_device(torch.tensor([dataset.mean, dataset.std]), x.device).view(2, 3, 1, 1)
     return (x / 255).sub_(mean).div_(std)
@@ -534,7 +534,7 @@ def epoch_order(recipe, count, seed, epoch):
 
 
 def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
-    """Yields each step's images (B, 3, H, W) and targets, this process's B = batch_size / world_size of the batch.
+    """Yields each step's images (B, 3, H, W) and targets: this process's share, B = batch_size / world_size.
 
     The order is drawn from (seed, epoch). Augmentation and mixing are drawn for whole batches from the seed of their
     chunk's first step, and each process takes its columns. None of this depends on the number of processes, and a
@@ -544,7 +544,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
     order, seeds = epoch_order(recipe, len(data), config["seed"], epoch)
     columns = slice(rank * size // world_size, (rank + 1) * size // world_size)
     if isinstance(data, FolderData):
-        recipe = dataclasses.replace(recipe, crop_scale=1.0)         # its workers have cropped
+        recipe = dataclasses.replace(recipe, crop_scale=1.0)         # the workers have already cropped
     for seed, images, labels in data.chunks(order, seeds, columns):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)                # torch.manual_seed would seed GPUs as well
@@ -704,7 +704,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
     steps = len(data["train"]) // recipe.batch_size
     start = time.perf_counter() - (log[-1]["seconds"] if log else 0)  # a resumed run's clock goes on
     for epoch in range(len(log), recipe.epochs):
-        torch.manual_seed((config["seed"] * 100_003 + epoch) * 1009 + RANK)      # of dropout, also on a GPU
+        torch.manual_seed((config["seed"] * 100_003 + epoch) * 1009 + RANK)      # seeds dropout, on a GPU too
         epoch_start = time.perf_counter()
         bar = tqdm(train_batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE), total=steps, leave=False,
                    desc=f"epoch {epoch + 1} of {recipe.epochs}", unit=" images", unit_scale=recipe.batch_size,
@@ -724,7 +724,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
 
 
 def sum_over_processes(*values):
-    """-> floats; waits for all processes."""
+    """-> each value's sum, as floats; waits for all processes."""
     sums = torch.tensor([float(value) for value in values], dtype=torch.float64)
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)                                        # on the CPU, through gloo
@@ -759,7 +759,7 @@ def save_checkpoint(folder, model, optimizer, config, log):
     """
     file = io.BytesIO()
     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), config=config, log=log), file)
-    if log[-1] is max(log, key=lambda line: line["test_accuracy"]):  # the first of equals
+    if log[-1] is max(log, key=lambda line: line["test_accuracy"]):  # ties keep the first
         save(folder / "best.pt", file.getbuffer())
     save(folder / "last.pt", file.getbuffer())
     (folder / "mechanism.json").unlink(missing_ok=True)              # it describes older weights
@@ -907,7 +907,7 @@ def configure(flags):
     if flags["compile"] == "graphs" and (not cuda or WORLD_SIZE > 1):
         refuse("compile", "graphs needs CUDA and one process: use on, or off")
     if flags["freeze"] and not flags["init"]:
-        refuse("freeze", "it trains only the head: --init gives it trained weights")
+        refuse("freeze", "it needs --init, since it trains only the head")
     config = dict(
         data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
         **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
@@ -941,8 +941,8 @@ def method_label(config):
 def run_folder(flags, config):
     name = flags["name"] or f"{method_label(config)}-{config['model']}-{config['data']}-seed{config['seed']}"
     if Path(name).name != name or name == ".." or len(os.fsencode(name)) > 200:
-        refuse("name", f"{name!r} is not the name of one folder, of 200 bytes at most; --runs says where it goes")
-    return Path(flags["runs"]) / name                                # in a sweep, older typers give text
+        refuse("name", f"{name!r} must be one folder name of at most 200 bytes; --runs sets its parent")
+    return Path(flags["runs"]) / name                                # in a sweep, older typers pass text
 
 
 def environment(device):
@@ -959,13 +959,13 @@ def environment(device):
 def train_command(
     ctx: typer.Context,
     pe: Literal["absolute", "layerwise", "none"] | None = flag(
-        "Position embedding: added once, delivered to every block, or none.", shown="layerwise"),
+        "Position embedding: added once, delivered to the blocks, or none.", shown="layerwise"),
     pool: Literal["cls", "gap"] | None = flag("Class token or global average pooling.", shown="gap"),
     mpvg: bool = flag("Add the initial PE to the last norm's output. On if --pe, --pool and --method are left out.",
                       "--mpvg", default=False),
     method: str | None = flag(f"A method by name instead: {', '.join(METHODS)}; with options of mpvg.ViT: "
                               "mpvg:layer0=true:pe_std=1."),
-    model: str | None = flag(f"One of {', '.join(MODELS)}.", shown="the data's"),
+    model: str | None = flag(f"One of {', '.join(MODELS)}.", shown="the data set's"),
     data: Literal[tuple(DATASETS)] | None = flag(
         "numbers: built in. cifar100: downloaded where absent. imagenet: image files.",
         shown="numbers on a CPU, else cifar100"),
@@ -974,11 +974,11 @@ def train_command(
     image_size: int | None = flag("Side in pixels that imagenet's files are cropped to.", min=1, shown="224"),
     workers: int | None = flag("Processes that decode files, for each training process.", min=0,
                                shown="cores, at most 16; 0 on a CPU"),
-    epochs: int | None = flag("Passes over the training images. A short run warms up for a tenth of them.",
+    epochs: int | None = flag("Passes over the training images. A short run warms up for a tenth of its epochs.",
                               shown="the recipe's"),
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
-    recipe: str | None = flag("Other numbers of the recipe: mixup=0,erase=0.1. An unknown name lists them all."),
+    recipe: str | None = flag("Other numbers of the recipe: mixup=0,erase=0.1. A wrong name prints them all."),
     init: Path | None = flag("Checkpoint to start from; the head is new for another --data or number of classes."),
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
@@ -1029,7 +1029,7 @@ def train_run(flags, config, folder, device):
     checkpoint = None
     if RANK == 0:
         _lock, checkpoint = open_run(folder, flags["resume"], flags["overwrite"])  # locked until this function returns
-    if WORLD_SIZE > 1:                                               # only the first process may have the file
+    if WORLD_SIZE > 1:                                               # the others may be on machines without the file
         shared = [checkpoint]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
         checkpoint = shared[0]
@@ -1043,8 +1043,8 @@ def train_run(flags, config, folder, device):
     changed = [f"{key} was {checkpoint['config'].get(key)}, is {value}" for key, value in config.items()
                if checkpoint and checkpoint["config"].get(key) != value]
     if changed:
-        raise SystemExit(f"error: {folder} was trained with other flags: {'; '.join(changed)}. Give those, or another "
-                         "--runs or --name")
+        raise SystemExit(f"error: {folder} was trained with other flags: {'; '.join(changed)}. Use the old ones, or "
+                         "another --runs or --name")
     recipe = Recipe(**{field.name: config[field.name] for field in dataclasses.fields(Recipe)})
     if config["images"] < recipe.batch_size:
         refuse("batch-size", f"{recipe.batch_size} is more than the {config['images']} training images")
@@ -1059,7 +1059,7 @@ def train_run(flags, config, folder, device):
         print_main(f"starts from {flags['init']}, {changes}")
     count = sum(parameter.numel() for parameter in model.to(device).parameters())
     print_main(f"{method_label(config)}: {config['model']} with {count:,} parameters\n"
-               f"{config['data']}: {config['images']:,} images to train, {len(data['test']):,} to test\n"
+               f"{config['data']}: {config['images']:,} training images, {len(data['test']):,} test images\n"
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
@@ -1078,7 +1078,7 @@ def initialise(model, path, config):
         checkpoint = read_checkpoint(path / "last.pt" if path.is_dir() else path)
         state, trained = dict(state_dict_of(checkpoint)), checkpoint.get("config")
         if isinstance(trained, dict) and trained.get("data") != config["data"]:
-            state.pop("head.weight", None)                           # as many classes perhaps, but others
+            state.pop("head.weight", None)                           # perhaps as many classes, but others
         new_head = getattr(state.get("head.weight"), "shape", ())[:1] != model.head.weight.shape[:1]
         from_cls = model.cls_token is None and "cls_token" in state
         new = [name for name in model.state_dict() if from_cls and name not in state and not name.startswith("head")]
@@ -1087,7 +1087,8 @@ def initialise(model, path, config):
         load_weights(model, state, new_head=True, from_cls=from_cls)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
-    return (("without its class token, " if from_cls else "") + (f"new and 0: {', '.join(new)}, " if new else "")
+    return (("without its class token, " if from_cls else "")
+            + (f"new, starting at 0: {', '.join(new)}, " if new else "")
             + ("with a new head" if new_head else "with its head"))
 
 
@@ -1098,17 +1099,17 @@ def sweep(
     ctx: typer.Context,
     methods: str = flag("Comma-separated methods, each as for --method: default,mpvg,mpvg:layer0=true.",
                         default="default,lape,pvg,mpvg"),
-    seeds: int = flag("Seeds 0 to N - 1 of each method.", default=3, min=1),
-    jobs: int = flag("Runs side by side; if there are two or more, each prints to RUNS/NAME.txt.", default=1, min=1),
+    seeds: int = flag("Run each method with seeds 0 to N - 1.", default=3, min=1),
+    jobs: int = flag("Number of runs at a time; with two or more, each prints to RUNS/NAME.txt.", default=1, min=1),
 ):
     """Train every method with every seed.
 
-    Skips finished runs and resumes stopped ones. Prints a table, also to RUNS/sweep.md. Takes all flags of
-    `python train.py` but --method, --pe, --pool, --mpvg, --seed, --name, --resume and --overwrite.
+    Skips finished runs and resumes stopped ones. Prints a table and saves it as RUNS/sweep.md. Takes all flags of
+    `python train.py` except --method, --pe, --pool, --mpvg, --seed, --name, --resume and --overwrite.
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
-    common = typer.main.get_command(trainer).make_context("train.py", [*ctx.args])  # it empties its list
+    common = typer.main.get_command(trainer).make_context("train.py", [*ctx.args])  # the call empties its list
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
@@ -1182,7 +1183,7 @@ class Run(NamedTuple):
     config: dict
     log: list                        # one dict per epoch
     mechanism: dict                  # the contents of mechanism.json, which report writes, or {}
-    parameters: int                  # their number
+    parameters: int                  # number of parameters
 
 
 def read_run(folder):
@@ -1242,7 +1243,7 @@ def mean_and_deviation(values, digits=2):
 
 
 def difference(pairs):
-    """-> text: the mean of paired differences with its interval; one or two pairs, too few for it, as they are."""
+    """-> text: the mean of paired differences and its interval; with one or two pairs, the differences themselves."""
     if len(pairs) > 2:
         return f"{mean(pairs):+.2f} +- {t_test(pairs)[0]:.2f}"
     return ", ".join(f"{pair:+.2f}" for pair in pairs)
@@ -1266,8 +1267,8 @@ Differences are paired by seed; +- is half of the confidence interval of that le
 the sign and need four seeds; read them once, when all planned seeds are done. The interaction,
 (lape-gap - gap) - (lape - default), is tested at 5 % by itself. lape - default, lape-gap - gap,
 mpvg - pvg and mpvg - default share 5 % by Holm's procedure, even if some of them are missing: once
-one is inconclusive, so are all with a larger p-value. Where the paper has a value, of one run per
-method: is it inside our interval?
+one is inconclusive, so are all with a larger p-value. Paper is: whether the paper's value, of one run
+per method, is inside our interval.
 """
 MECHANISM_NOTE = """\
 Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
@@ -1282,7 +1283,7 @@ from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % f
 
 
 def results_table(title, methods, base=None):
-    """-> text: one row per method of a setting, {label: {seed: run}}; the paper's figures beside it."""
+    """-> text: one row per method of a setting, {label: {seed: run}}; the paper's values beside it."""
     rows, reference = [], base or next(iter(methods))
     paper = PAPER.get(title.rpartition(", ")[0], {})                 # its keys leave out the precision
     for name, seeds in methods.items():
@@ -1350,7 +1351,7 @@ def contrast_table(found):
             paper = [f"{c['paper']:+.2f}", c["paper_model"], "inside" if inside else "outside"]
         rows.append([c["name"], str(len(c["values"])), f"{middle:+.2f} +- {c['half']:.2f}",
                      f"{100 - 100 * c['alpha']:.2f}", c["verdict"], *paper])
-    head = ["contrast", "n", "difference", "level %", "verdict", "paper", "model", "paper's is"]
+    head = ["contrast", "n", "difference", "level %", "verdict", "paper", "model", "paper is"]
     return as_table("Contrasts", head, rows, CONTRASTS_NOTE)
 
 
@@ -1381,7 +1382,7 @@ def mechanism_tables(methods):
 @app.command("eval")
 def evaluate_command(
     run: Path = typer.Argument(help="A run's folder (its last epoch), or a checkpoint such as best.pt."),
-    image_size: int | None = flag("Resize the images and the PE to that many pixels.", min=1, shown="the run's"),
+    image_size: int | None = flag("Resize the images to this many pixels, the PE to match.", min=1, shown="the run's"),
     crop_ratio: float = flag("Crop size / short side, for image files. LaPE uses 1.", default=0.875, min=0.1, max=1),
     fold_: bool = flag("Fold the PE norms into constants first (mpvg.fold).", "--fold", default=False),
     data_dir: Path = DATA_DIR,
@@ -1473,7 +1474,7 @@ def measure_position(model, batches):
     delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
 
     def features(images):
-        """-> (points, B, N, D): the stream's, then the normed ones, then the attention's; logits."""
+        """-> features (points, B, N, D): of the stream, the norms' outputs, the attention's inputs; and logits."""
         inputs, outputs, logits = watch_norms(model, images)
         attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
         return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double(), logits
@@ -1652,7 +1653,7 @@ def report(
             if key not in test_images:
                 test_images[key] = images_to_measure(run.config, images, data_dir, device)
         except (OSError, SystemExit) as error:
-            typer.echo(f"note: {run.folder} is not measured now ({error})", err=True)
+            typer.echo(f"note: {run.folder} was not measured ({error})", err=True)
             continue
         tokens, pe = measure_run(run, model, test_images[key])
         heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
@@ -1684,7 +1685,7 @@ def main():
         if "out of memory" in str(error) or "allocate memory" in str(error):         # CUDA's words, the CPU's
             raise SystemExit("error: out of memory: raise --accumulate, or lower --batch-size or --jobs") from None
         if "DataLoader worker" in str(error):
-            raise SystemExit("error: one of the --workers was stopped, or lacked (shared) memory: try fewer") from None
+            raise SystemExit("error: a worker was killed, perhaps for lack of shared memory: lower --workers") from None
         raise
     except OSError as error:                                         # a full disk, a folder without permission
         raise SystemExit(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}") from None
