@@ -4,8 +4,9 @@
     python bench.py --quick                  # a first look at a small model, a minute or two on two CPU cores
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
-In each round all contestants of a table take a turn, in random order, and a ratio is the median of the rounds' ratios.
-A slowdown of the machine then affects all of them alike. From top to bottom: models, contestants, tables, command line.
+In each round all contestants of a table take a turn, in random order after the machine's limits, and a ratio is the
+median of the rounds' ratios. A slowdown of the machine then affects all of them alike. From top to bottom: models,
+contestants, tables, command line.
 """
 import ctypes
 import itertools
@@ -34,25 +35,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mpvg import METHODS, MODELS, ViT, fold
-from train import choose_device, environment, flag, make_train_step, parameter_groups, save
+from train import choose_device, default_precision, environment, flag, make_train_step, parameter_groups
 
 TABLES = ("inference-eager", "inference-compiled", "training-eager", "training-compiled")
 QUICK = dict(model="vit-nano", methods="default,gap,mpvg", peers="torchvision", tables=",".join(TABLES[:3]), rounds=10)
-PEERS = {"torchvision": ["cls"], "timm": ["cls", "gap"], "vit-pytorch": ["cls", "gap"], "transformers": ["cls"]}
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # with CUDA graphs, which have a memory pool of their own
+PEERS = {"torchvision": "cls", "timm": "cls", "timm gap": "gap", "vit-pytorch": "cls", "vit-pytorch gap": "gap",
+         "transformers": "cls"}  # name, whose first word is the package: pooling
+PACKAGES = list(dict.fromkeys(name.split()[0] for name in PEERS))
 PLAIN = dict(cls="default", gap="gap")  # pooling: the method without a layer-wise PE, which others are compared with
 
 
-def is_peer(name):
-    return name.split()[0] in PEERS
-
-
 def build(name, sizes):
-    """-> model, pooling. name: a method, METHOD-folded, a package of PEERS or "PACKAGE gap". sizes: ViT's keywords."""
-    if not is_peer(name):
-        model = ViT(**{**sizes, **METHODS[name.removesuffix("-folded")]})
-        return fold(model) if name.endswith("-folded") else model, model.pool
-    package, _, gap = name.partition(" ")
-    return build_peer(package, gap, **sizes), gap or "cls"
+    """-> model, pooling. name: a method, METHOD-folded or one of PEERS. sizes: ViT's keywords."""
+    if name in PEERS:
+        return build_peer(name.split()[0], PEERS[name] == "gap", **sizes), PEERS[name]
+    model = ViT(**{**sizes, **METHODS[name.removesuffix("-folded")]})
+    return fold(model) if name.endswith("-folded") else model, model.pool
 
 
 def build_peer(package, gap, image_size, patch_size, num_classes, dim, depth, heads, mlp_ratio, qkv_bias, **_):
@@ -69,27 +68,15 @@ def build_peer(package, gap, image_size, patch_size, num_classes, dim, depth, he
         from vit_pytorch import ViT
         return ViT(image_size=image_size, patch_size=patch_size, num_classes=num_classes, dim=dim, depth=depth,
                    heads=heads, dim_head=dim // heads, mlp_dim=mlp_dim, pool="mean" if gap else "cls")
-    assert package == "transformers", f"build_peer() has no branch for {package}"
     from transformers import ViTConfig, ViTForImageClassification
     return ViTForImageClassification(ViTConfig(
         image_size=image_size, patch_size=patch_size, num_labels=num_classes, hidden_size=dim, qkv_bias=qkv_bias,
         num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=mlp_dim, attn_implementation="sdpa"))
 
 
-def count_work(sizes, pool, training, batch, itemsize):
-    """-> operations and bytes of a step of the plain method; a multiplication and an addition are two operations.
-
-    Bytes, with all else fused into the matrix products: each weight and pixel once; per token and block 11 D values for
-    attention and (3 + 2 h) D for the MLP of ratio h. Training moves three times as much, and AdamW 7 values per weight.
-    """
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model = ViT(**{**sizes, **METHODS[PLAIN[pool]]})
-        images = torch.empty(batch, 3, sizes["image_size"], sizes["image_size"])
-        model(images).sum().backward() if training else model(images)
-    parameters = sum(p.numel() for p in model.parameters())
-    values = int(batch * model.pos_embed.numel() * sizes["depth"] * (14 + 2 * sizes["mlp_ratio"]))
-    moved = (4 if training else itemsize) * (parameters + images.numel()) + itemsize * values
-    return counter.get_total_flops(), 3 * moved + 28 * parameters if training else moved
+def compiler_events():
+    return Counter({"compiled graphs": counters["stats"]["unique_graphs"], "skipped CUDA graphs":
+                    counters["inductor"]["cudagraph_skips"], "graph breaks": counters["graph_break"].total()})
 
 
 class Contestant:
@@ -112,7 +99,8 @@ class Contestant:
         return seconds
 
     def warm_up(self, device):
-        self.repeat = 1 + int(0.05 / min(self.time(device), self.time(device)))  # 50 ms or more per timing
+        seconds = min(self.time(device) for _ in range(2))           # the first may record a CUDA graph
+        self.repeat = 1 + int(0.05 / seconds)                        # 50 ms or more per timing
         return median(self.time(device) for _ in range(5))
 
 
@@ -124,22 +112,22 @@ def make_limits(device, dtype):
             Contestant("matmul", lambda: torch.mm(a, b, out=c), work=2 * side ** 3))
 
 
-def make_contestant(name, table, batches, s):
+def make_contestant(name, table, batches, setup):
     training, compiled = table.startswith("training"), table.endswith("compiled")
     torch.manual_seed(0)
-    model, pool = build(name, s.sizes)
-    model = model.to(s.device, torch.float32 if training else s.dtype).train(training).requires_grad_(training)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, False), fused=True) if training else None
+    model, pool = build(name, setup.sizes)
+    model = model.to(setup.device, torch.float32 if training else setup.dtype).train(training).requires_grad_(training)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, decay_pe=False), fused=True) if training else None
 
     def forward(images):
         output = model(images)
         return getattr(output, "logits", output)                     # transformers wraps them
 
     if compiled:
-        # torch.compile keeps graphs by code object. With one of its own, no contestant checks the guards of others.
+        # torch.compile keeps graphs by code object: with a copy of its own, no contestant checks another's guards.
         forward.__code__ = forward.__code__.replace(co_name=name)
-        forward = torch.compile(forward, fullgraph=not is_peer(name), dynamic=False, mode=s.mode)
-    train_step = make_train_step(forward, optimizer, 0.1, "bf16" if s.dtype == torch.bfloat16 else "fp32")
+        forward = torch.compile(forward, fullgraph=name not in PEERS, dynamic=False, mode=setup.mode)
+    train_step = make_train_step(forward, optimizer, label_smoothing=0.1, precision=setup.precision)
     batches = itertools.cycle(batches)                               # in turn, so that no cache holds them
 
     def call():
@@ -148,18 +136,12 @@ def make_contestant(name, table, batches, s):
         train_step(images, targets) if training else forward(images)
 
     one = Contestant(name, call, pool)
-    first, steady = one.time(s.device), one.warm_up(s.device)
+    first_call, steady = one.time(setup.device), one.warm_up(setup.device)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    memory, attention = look_inside(call, 3 * weights if training else weights, s.device)  # AdamW has two moments
-    if compiled and s.mode in ("reduce-overhead", "max-autotune"):
-        memory = None                                                # a CUDA graph has a pool of its own
-    one.facts = dict(memory_bytes=memory, compile_seconds=first - steady if compiled else None, attention=attention)
+    memory, attention = look_inside(call, 3 * weights if training else weights, setup.device)  # AdamW has two moments
+    one.facts = dict(memory_bytes=None if compiled and setup.mode in GRAPH_MODES else memory,
+                     compile_seconds=first_call - steady if compiled else None, attention=attention)
     return one
-
-
-def compiler_events():
-    return Counter({"compiled graphs": counters["stats"]["unique_graphs"], "skipped CUDA graphs":
-                    counters["inductor"]["cudagraph_skips"], "graph breaks": counters["graph_break"].total()})
 
 
 def look_inside(call, held, device):
@@ -176,62 +158,83 @@ def look_inside(call, held, device):
     return held + peak if cuda or device.type == "cpu" else None, min(kernels, default=None)  # min: not the backward's
 
 
-def run_table(table, names, s):
-    training, side = table.startswith("training"), s.sizes["image_size"]
-    count = max(2, min(64, 2 ** 25 // (s.batch * 3 * side ** 2)))    # more batches than a cache holds
-    batches = [(torch.randn(s.batch, 3, side, side, device=s.device, dtype=torch.float32 if training else s.dtype),
-                torch.randint(s.sizes["num_classes"], (s.batch,), device=s.device)) for _ in range(count)]
+def first_line(error):
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line + ": lower --batch" * ("out of memory" in line or "allocate memory" in line)
+
+
+def run_table(table, names, setup):
+    training, device, side = table.startswith("training"), setup.device, setup.sizes["image_size"]
+    count = max(2, min(64, 2 ** 25 // (setup.batch * 3 * side ** 2)))  # more batches than a cache holds
+    dtype = torch.float32 if training else setup.dtype
+    batches = [(torch.randn(setup.batch, 3, side, side, device=device, dtype=dtype),
+                torch.randint(setup.sizes["num_classes"], (setup.batch,), device=device)) for _ in range(count)]
     names = [name for name in names if not (training and name.endswith("-folded"))]
-    contestants, notes, limits = [], [], make_limits(s.device, s.dtype)
+    contestants, notes, limits = [], [], make_limits(device, setup.dtype)
     for name in tqdm(names, f"{table}: warming up", leave=False, disable=None):
         try:
-            contestants.append(make_contestant(name, table, batches, s))
+            contestants.append(make_contestant(name, table, batches, setup))
         except Exception as error:                                   # other libraries and compilers raise anything
-            problem = f"{name} failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-            if not is_peer(name):
-                raise SystemExit(f"error: {table}: {problem}") from error
+            problem = f"{name} failed: {first_line(error)}"
+            if name not in PEERS:
+                raise SystemExit(f"error: {table}: {problem}; --tables chooses other tables") from error
             notes.append(f"{problem} (left out)")
     for limit in limits:
-        limit.warm_up(s.device)
+        limit.warm_up(device)
     shuffle = random.Random(0)
-    for _ in tqdm(range(s.rounds), f"{table}: timing", leave=False, disable=None):
+    for _ in tqdm(range(setup.rounds), f"{table}: timing", leave=False, disable=None):
         for limit in limits:
-            limit.seconds.append(limit.time(s.device))
+            limit.seconds.append(limit.time(device))
         order = shuffle.sample(contestants, len(contestants))
-        order[-1].time(s.device)                                     # not recorded: the first follows another, too
+        order[-1].time(device)                                       # not recorded: the first must not follow a limit
         for one in order:
-            one.seconds.append(one.time(s.device))
+            one.seconds.append(one.time(device))
     for one in contestants:
-        if one.events != Counter({"compiled graphs": table.endswith("compiled")}):  # broken, or compiled again
+        if one.events != Counter({"compiled graphs": int(table.endswith("compiled"))}):  # broken, or compiled again
             found = ", ".join(f"{count} {what}" for what, count in one.events.items()) or "no compiled graph"
-            if not is_peer(one.name):
-                raise SystemExit(f"error: {table}: {one.name} must be one compiled graph, not {found}")
-            notes.append(f"{one.name} is not one compiled graph but {found}")
-    return summarise(contestants, limits, notes, training, s)
+            if one.name not in PEERS:
+                raise SystemExit(f"error: {table}: {one.name} is not one whole graph: torch counts {found}")
+            notes.append(f"{one.name} is not one whole graph: torch counts {found}")
+    return summarise(contestants, limits, notes, training, setup)
 
 
 def speed(one, other):
-    """-> speed of one as a share of the other's: median of the rounds and its 95 % interval; None without another.
-
-    The interval runs between two of the sorted ratios. With fewer than 9 it spans all of them: 97 to 99 % confidence
-    from 6 on, less below.
-    """
+    """-> [median, low, high] of the rounds' ratios: one's speed over the other's, with a 95 % interval; or None."""
     if other is None:
         return None
     ratios, n = sorted(b / a for a, b in zip(one.seconds, other.seconds)), len(one.seconds)
     tails = itertools.accumulate(math.comb(n, i) / 2 ** n for i in range(n))         # as for n tosses of a coin
-    first = max(0, sum(tail <= 0.025 for tail in tails) - 1)
+    first = max(0, sum(tail <= 0.025 for tail in tails) - 1)         # with fewer than 9 rounds it spans all ratios
     return [median(ratios), ratios[first], ratios[-1 - first]]
 
 
-def summarise(contestants, limits, notes, training, s):
-    (copy, matmul), rows = limits, []
+def count_work(sizes, pool, training, batch, itemsize):
+    """-> operations and bytes of a step of the plain method; a multiplication and an addition are two operations.
+
+    Bytes, with all else fused into the matrix products: each weight and pixel once, and per token what each product
+    reads and writes. Training moves three times as much, and AdamW 7 values per weight.
+    """
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = ViT(**{**sizes, **METHODS[PLAIN[pool]]})
+        images = torch.empty(batch, 3, sizes["image_size"], sizes["image_size"])
+        model(images).sum().backward() if training else model(images)
+    parameters = sum(p.numel() for p in model.parameters())
+    h = sizes["mlp_ratio"]
+    per_token = (1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 2)      # of qkv, attention, proj, fc1, fc2: read + written
+    values = int(batch * model.pos_embed.numel() * sizes["depth"] * per_token)
+    moved = (4 if training else itemsize) * (parameters + images.numel()) + itemsize * values
+    return counter.get_total_flops(), 3 * moved + 28 * parameters if training else moved
+
+
+def summarise(contestants, limits, notes, training, setup):
+    copy, matmul = limits
+    rows = []
     for one in contestants:
-        flops, moved = count_work(s.sizes, one.pool, training, s.batch, s.dtype.itemsize)
+        flops, moved = count_work(setup.sizes, one.pool, training, setup.batch, setup.dtype.itemsize)
         peak = [flops / matmul.work * t for t in matmul.seconds]     # a step's seconds at the limit, round by round
         roof = [max(p, moved / copy.work * t) for p, t in zip(peak, copy.seconds)]
         plain = next((other for other in contestants if other.name == PLAIN[one.pool]), None)
-        best = min((other for other in contestants if other.pool == one.pool and is_peer(other.name)),
+        best = min((other for other in contestants if other.pool == one.pool and other.name in PEERS),
                    key=lambda other: speed(one, other), default=None)
         step = median(plain.seconds) / speed(one, plain)[0] if plain else median(one.seconds)
         rows.append(dict(
@@ -239,8 +242,9 @@ def summarise(contestants, limits, notes, training, s):
             best_peer=best and best.name, speed_to_best_peer=speed(one, best),
             share_of_peak=median(limit / t for limit, t in zip(peak, one.seconds)),
             share_of_roofline=median(limit / t for limit, t in zip(roof, one.seconds)),
-            images_per_second=s.batch / step, flops_per_image=flops // s.batch, bytes_per_step=moved, **one.facts,
-            milliseconds=[1000 * t for t in (step, min(one.seconds), max(one.seconds))], seconds=one.seconds))
+            images_per_second=setup.batch / step, flops_per_image=flops // setup.batch, bytes_per_step=moved,
+            milliseconds=[1000 * t for t in (step, min(one.seconds), max(one.seconds))], seconds=one.seconds,
+            **one.facts))
     return dict(matmul_flops=matmul.work / median(matmul.seconds), matmul_seconds=matmul.seconds,
                 copy_bytes=copy.work / median(copy.seconds), copy_seconds=copy.seconds,
                 attention=rows[0]["attention"], rows=rows, notes=notes)
@@ -253,7 +257,7 @@ def as_text(table, result):
     for row in result["rows"]:
         plain, best = ("{:.3f} {:.3f}-{:.3f}".format(*row[key]) if row[key] else "-"
                        for key in ("speed_to_plain", "speed_to_best_peer"))
-        ms = "{} ({}-{})".format(*(f"{t:.0f}" if t >= 100 else f"{t:.1f}" for t in row["milliseconds"]))
+        ms = "{} ({}-{})".format(*(f"{t:.{(t < 10) + (t < 100)}f}" for t in row["milliseconds"]))
         memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2 ** 20:.0f}"
         compiled = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f}"
         lines.append(f"{row['name']:<17} {plain:<17} {best:<17} {row['share_of_peak']:>4.0%} "
@@ -282,66 +286,68 @@ def use_quick_defaults(ctx: typer.Context, quick: bool):
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  context_settings=dict(help_option_names=["-h", "--help"]))
+                  context_settings=dict(help_option_names=["-h", "--help"], max_content_width=100))
 
 
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag("Methods; X-folded is X after fold().", default="default,gap,lape,pvg,mpvg,mpvg-folded"),
-    peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PEERS)}.", default="all"),
+    methods: str = flag(f"all, or a list of {', '.join(METHODS)}; METHOD-folded is the method after fold().",
+                        default="default,gap,lape,pvg,mpvg,mpvg-folded"),
+    peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PACKAGES)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),
     quick: bool = flag(f"Other defaults: {', '.join(f'--{k} {v}' for k, v in QUICK.items())}.", "--quick",
                        default=False, is_eager=True, callback=use_quick_defaults),
     batch: int | None = flag("Images per step.", shown="128 for 32x32; else 256 (CPU: 16)", min=1, max=65536),
-    dtype: Literal["bf16", "fp32"] | None = flag("fp32 is TF32 on CUDA.", shown="bf16 if CUDA has it, else fp32"),
+    dtype: Literal["bf16", "fp32"] | None = flag("bf16 trains in autocast; fp32: TF32 on CUDA.", shown="bf16 on CUDA"),
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
         "torch.compile's mode.", default="default"),
-    rounds: int = flag("Timings of each contestant.", default=20, min=3),
+    rounds: int = flag("Timings of each contestant.", default=20, min=6),
     device: str = flag("auto, cpu, cuda, mps, ...", default="auto"),
     json_file: Path | None = flag("Also write the tables to this file, with every timing.", "--json", dir_okay=False),
 ):
     """Times our methods, other libraries' ViTs and the machine's limits in turn. Dropout is off for every model.
 
     \b
-    x plain      speed relative to default (class token) or gap (GAP): median of the rounds, 95 % interval
-    x best peer  speed relative to the other library's model that is fastest here with the same pooling
+    x plain      speed relative to default (class token) or gap (GAP)
+    x best peer  speed relative to the fastest peer with the same pooling (--json names it)
+                 both: median of the rounds' ratios, 95 % interval; another run may differ by more
     peak, roof   share of a large matrix product's speed; of the roofline, which also counts moved bytes
-    images/s     the plain method's median times its x plain, so that the two columns agree; likewise ms
-    MiB, comp    peak memory; seconds of compilation, short if torch finds the graph in its disk cache
+    images/s     the plain method's median times x plain, so that the two columns agree; likewise ms
+    MiB, comp    peak memory; seconds of compilation, few if torch finds the graph in its disk cache
     """
     names = words("--methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
-    tables, peers = words("--tables", tables, TABLES), [] if peers == "none" else words("--peers", peers, PEERS)
+    tables, peers = words("--tables", tables, TABLES), [] if peers == "none" else words("--peers", peers, PACKAGES)
     if any("training" in table for table in tables) and all(name.endswith("-folded") for name in names):
         raise typer.BadParameter("folded models do not train: add a method", param_hint="--methods")
     device = choose_device(device)
-    if device.type == "cuda":
-        dtype = dtype or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32")
-    elif mode in ("reduce-overhead", "max-autotune"):
+    dtype = dtype or default_precision(device)
+    if mode in GRAPH_MODES and device.type != "cuda":
         raise typer.BadParameter(f"{mode} uses CUDA graphs, which {device} does not have", param_hint="--mode")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":   # page faults slow contestants down at random
         for option, value in ((-1, -1), (-4, 0)):                    # keep freed memory; never mmap a block
             ctypes.CDLL(None).mallopt(option, value)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.open("a").close()                                  # fails now rather than after the first table
     sizes = ViT.__init__.__kwdefaults__ | MODELS[model] | dict(attn_drop=0.0, drop_path=0.0)
     batch = batch or (128 if sizes["image_size"] == 32 else 16 if device.type == "cpu" else 256)
-    s = SimpleNamespace(sizes=sizes, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
-                        batch=batch, mode=mode, rounds=rounds)
+    setup = SimpleNamespace(sizes=sizes, device=device, batch=batch, mode=mode, rounds=rounds, precision=dtype,
+                            dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     installed = [peer for peer in peers if util.find_spec(peer.replace("-", "_"))]
     pools = {METHODS[name.removesuffix("-folded")]["pool"] for name in names}
-    names += [peer if pool == "cls" else f"{peer} gap" for peer in installed for pool in PEERS[peer] if pool in pools]
+    names += [name for name, pool in PEERS.items() if name.split()[0] in installed and pool in pools]
     versions = {peer: metadata.version(peer) if peer in installed else "not installed" for peer in peers}
-    header = environment(device) | versions | dict(model=model, batch=batch, dtype=dtype or "fp32", mode=mode,
-                                                   rounds=rounds)
-    print(textwrap.fill(", ".join(f"{key} {value}" for key, value in header.items()), 100, break_on_hyphens=False))
+    header = environment(device) | versions | dict(model=model, batch=batch, dtype=dtype, mode=mode, rounds=rounds)
+    text = ", ".join(f"{key} {value}" for key, value in header.items())
+    print(textwrap.fill(text, 100, break_on_hyphens=False), flush=True)
     results = {}
     for table in tables:
-        results[table] = run_table(table, names, s)
+        results[table] = run_table(table, names, setup)
         print(f"\n{as_text(table, results[table])}", flush=True)
         if json_file:
             record = dict(header=header, verdict=verdict(results), tables=results)
-            save(json_file, json.dumps(record, indent=1).encode())
+            json_file.write_text(json.dumps(record, indent=1))
     print("\n" + textwrap.fill(verdict(results), 100, break_on_hyphens=False))
 
 
@@ -349,8 +355,7 @@ def main():
     try:
         app()
     except (OSError, RuntimeError) as error:                         # on a CPU, lack of memory is a RuntimeError
-        raise SystemExit(f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-                         f"{': lower --batch' if 'memory' in str(error) else ''}") from error
+        raise SystemExit(f"error: {first_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -854,6 +854,11 @@ def choose_device(name):
     return device
 
 
+def default_precision(device):
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
 def choose_method(flags):
     """-> a method's name, and the options of mpvg.ViT that override its own."""
     chosen = flags["pe"], flags["pool"], flags["mpvg"]
@@ -913,8 +918,7 @@ def configure(flags):
         **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
         num_classes=dataset.num_classes or count_classes(Path(flags["data_dir"])), fraction=flags["fraction"],
         init=str(flags["init"]) if flags["init"] else None, freeze=flags["freeze"],
-        precision=flags["precision"] or (
-            "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"),
+        precision=flags["precision"] or default_precision(device),
         compile=flags["compile"] or ("on" if cuda else "off"))
     try:
         with torch.device("meta"):                                   # shapes without memory
