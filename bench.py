@@ -1,6 +1,6 @@
 """Times our methods, other libraries' ViTs and the machine's own limits side by side.
 
-    python bench.py                          # DeiT-Ti: six of our methods and every installed peer
+    python bench.py                          # DeiT-Ti: five methods, MPVG folded, every installed peer
     python bench.py --quick                  # a first look at a small model, a minute or two on two CPU cores
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
@@ -160,7 +160,7 @@ def look_inside(call, held, device):
 
 def first_line(error):
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line + ": lower --batch" * ("out of memory" in line or "allocate memory" in line)
+    return line + ": lower --batch" * ("out of memory" in str(error) or "allocate memory" in str(error))
 
 
 def run_table(table, names, setup):
@@ -177,7 +177,7 @@ def run_table(table, names, setup):
         except Exception as error:                                   # other libraries and compilers raise anything
             problem = f"{name} failed: {first_line(error)}"
             if name not in PEERS:
-                raise SystemExit(f"error: {table}: {problem}; --tables chooses other tables") from error
+                raise SystemExit(f"error: {table}: {problem}; or choose other --tables") from error
             notes.append(f"{problem} (left out)")
     for limit in limits:
         limit.warm_up(device)
@@ -193,8 +193,8 @@ def run_table(table, names, setup):
         if one.events != Counter({"compiled graphs": int(table.endswith("compiled"))}):  # broken, or compiled again
             found = ", ".join(f"{count} {what}" for what, count in one.events.items()) or "no compiled graph"
             if one.name not in PEERS:
-                raise SystemExit(f"error: {table}: {one.name} is not one whole graph: torch counts {found}")
-            notes.append(f"{one.name} is not one whole graph: torch counts {found}")
+                raise SystemExit(f"error: {table}: {one.name} does not run as one whole graph: torch counts {found}")
+            notes.append(f"{one.name} does not run as one whole graph: torch counts {found}")
     return summarise(contestants, limits, notes, training, setup)
 
 
@@ -211,8 +211,8 @@ def speed(one, other):
 def count_work(sizes, pool, training, batch, itemsize):
     """-> operations and bytes of a step of the plain method; a multiplication and an addition are two operations.
 
-    Bytes, with all else fused into the matrix products: each weight and pixel once, and per token what each product
-    reads and writes. Training moves three times as much, and AdamW 7 values per weight.
+    Bytes, with all else fused into the matrix products: each weight and pixel once, and per token and block what
+    each product reads and writes, in units of D. Training moves three times as much, and AdamW 7 values per weight.
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = ViT(**{**sizes, **METHODS[PLAIN[pool]]})
@@ -220,7 +220,7 @@ def count_work(sizes, pool, training, batch, itemsize):
         model(images).sum().backward() if training else model(images)
     parameters = sum(p.numel() for p in model.parameters())
     h = sizes["mlp_ratio"]
-    per_token = (1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 2)      # of qkv, attention, proj, fc1, fc2: read + written
+    per_token = (1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 1 + 1)  # of qkv, attention, proj, fc1, fc2: read + written
     values = int(batch * model.pos_embed.numel() * sizes["depth"] * per_token)
     moved = (4 if training else itemsize) * (parameters + images.numel()) + itemsize * values
     return counter.get_total_flops(), 3 * moved + 28 * parameters if training else moved
@@ -292,14 +292,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag(f"all, or a list of {', '.join(METHODS)}; METHOD-folded is the method after fold().",
+    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded is the method after fold(). all: both kinds.",
                         default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PACKAGES)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),
     quick: bool = flag(f"Other defaults: {', '.join(f'--{k} {v}' for k, v in QUICK.items())}.", "--quick",
                        default=False, is_eager=True, callback=use_quick_defaults),
     batch: int | None = flag("Images per step.", shown="128 for 32x32; else 256 (CPU: 16)", min=1, max=65536),
-    dtype: Literal["bf16", "fp32"] | None = flag("bf16 trains in autocast; fp32: TF32 on CUDA.", shown="bf16 on CUDA"),
+    dtype: Literal["bf16", "fp32"] | None = flag("bf16 trains in autocast; fp32 is TF32 on CUDA.",
+                                                 shown="bf16 if CUDA has it, else fp32"),
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
         "torch.compile's mode.", default="default"),
     rounds: int = flag("Timings of each contestant.", default=20, min=6),

@@ -205,7 +205,8 @@ class ViT(nn.Module):
     def forward_features(self, images):
         """Images (B, C, H, W) -> tokens after the last norm and its PE, (B, N, D); a class token is row 0."""
         if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images are {tuple(images.shape)}; the model takes (B, *{self.image_shape})")
+            raise ValueError(f"images are {tuple(images.shape)}, the model takes (B, *{self.image_shape}): "
+                             "resize them or change image_size")
         delivered = self.delivered_pe()
         last = self.last_norm_pe(delivered)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, D, h, w) -> (B, N, D), row by row

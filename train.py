@@ -1092,7 +1092,7 @@ def initialise(model, path, config):
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
     return (("without its class token, " if from_cls else "")
-            + (f"new, starting at 0: {', '.join(new)}, " if new else "")
+            + (f"with new norms at 0 ({', '.join(new)}), " if new else "")
             + ("with a new head" if new_head else "with its head"))
 
 
@@ -1271,8 +1271,8 @@ Differences are paired by seed; +- is half of the confidence interval of that le
 the sign and need four seeds; read them once, when all planned seeds are done. The interaction,
 (lape-gap - gap) - (lape - default), is tested at 5 % by itself. lape - default, lape-gap - gap,
 mpvg - pvg and mpvg - default share 5 % by Holm's procedure, even if some of them are missing: once
-one is inconclusive, so are all with a larger p-value. Paper is: whether the paper's value, of one run
-per method, is inside our interval.
+one is inconclusive, so are all with a larger p-value. The last column says whether the paper's value,
+of one run per method, is inside our interval.
 """
 MECHANISM_NOTE = """\
 Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
@@ -1657,7 +1657,7 @@ def report(
             if key not in test_images:
                 test_images[key] = images_to_measure(run.config, images, data_dir, device)
         except (OSError, SystemExit) as error:
-            typer.echo(f"note: {run.folder} was not measured ({error})", err=True)
+            typer.echo(f"note: {run.folder} was not measured again ({error})", err=True)
             continue
         tokens, pe = measure_run(run, model, test_images[key])
         heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
@@ -1689,7 +1689,7 @@ def main():
         if "out of memory" in str(error) or "allocate memory" in str(error):         # CUDA's words, the CPU's
             raise SystemExit("error: out of memory: raise --accumulate, or lower --batch-size or --jobs") from None
         if "DataLoader worker" in str(error):
-            raise SystemExit("error: a worker was killed, perhaps for lack of shared memory: lower --workers") from None
+            raise SystemExit("error: a worker was killed, perhaps for lack of memory: lower --workers") from None
         raise
     except OSError as error:                                         # a full disk, a folder without permission
         raise SystemExit(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}") from None
