@@ -177,7 +177,7 @@ def run_table(table, names, setup):
         except Exception as error:                                   # other libraries and compilers raise anything
             problem = f"{name} failed: {first_line(error)}"
             if name not in PEERS:
-                raise SystemExit(f"error: {table}: {problem}; or choose other --tables") from error
+                raise SystemExit(f"error: {table}: {problem} (--tables can leave this table out)") from error
             notes.append(f"{problem} (left out)")
     for limit in limits:
         limit.warm_up(device)

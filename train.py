@@ -855,6 +855,7 @@ def choose_device(name):
 
 
 def default_precision(device):
+    """-> "bf16" where the GPU computes in it natively, else "fp32"."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "fp32"
 
@@ -1187,7 +1188,7 @@ class Run(NamedTuple):
     config: dict
     log: list                        # one dict per epoch
     mechanism: dict                  # the contents of mechanism.json, which report writes, or {}
-    parameters: int                  # number of parameters
+    parameters: int
 
 
 def read_run(folder):
