@@ -1272,8 +1272,11 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
 @pytest.mark.parametrize("error, says", [
     ("CUDA out of memory. Tried to allocate 20 GiB", "error: out of memory: raise --accumulate, or lower --batch-size"),
     ("DefaultCPUAllocator: can't allocate memory: you tried", "error: out of memory: raise --accumulate"),
-    ("DataLoader worker (pid 7) is killed by signal: Killed.", "error: a worker was killed, perhaps for lack of")])
-def test_lack_of_memory_is_one_line(cli, monkeypatch, error, says):
+    ("DataLoader worker (pid 7) is killed by signal: Killed.", "error: a worker was killed, perhaps for lack of"),
+    ("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+     "error: torch.compile needs a C++ compiler: install g++, or use --compile off"),
+    ("Failed to find C compiler. Please specify via CC environment variable", "error: torch.compile needs a C++")])
+def test_lack_of_memory_or_of_a_compiler_is_one_line(cli, monkeypatch, error, says):
     monkeypatch.setattr(train, "train_run", Mock(side_effect=RuntimeError(error)))
     one_line(cli(), says)
 
@@ -1363,9 +1366,9 @@ def test_a_users_mistake_gets_one_line(cli, flags, says):
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda root: (root / "val" / "c").rename(root / "val" / "d"), "they have 3 and 3 and differ in ['c', 'd']"),
+    (lambda root: (root / "val" / "c").rename(root / "val" / "d"), "they have 3 and 3, in one of them only: c, d"),
     (lambda root: [shutil.rmtree(root / split / name) for split in ("train", "val") for name in "ab"],
-     "need the same classes, two or more; they have 1 and 1"),
+     "need the same classes, two or more; they have 1 and 1, in one of them only: none"),
     (lambda root: [path.unlink() for path in (root / "val" / "c").iterdir()], "Found no valid file for the classes c"),
     (lambda root: (root / "val").rename(root / "test"), "does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
 ])

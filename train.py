@@ -306,7 +306,7 @@ def count_classes(root):
         raise SystemExit(f"error: --data-dir {root} does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG") from None
     if train != val or len(train) < 2:
         raise SystemExit(f"error: train/ and val/ of {root} need the same classes, two or more; they have {len(train)} "
-                         f"and {len(val)} and differ in {sorted({*train} ^ {*val})[:3]}")
+                         f"and {len(val)}, in one of them only: {', '.join(sorted({*train} ^ {*val})[:3]) or 'none'}")
     return len(train)
 
 
@@ -1691,6 +1691,8 @@ def main():
             raise SystemExit("error: out of memory: raise --accumulate, or lower --batch-size or --jobs") from None
         if "DataLoader worker" in str(error):
             raise SystemExit("error: a worker was killed, perhaps for lack of memory: lower --workers") from None
+        if "C++ compiler" in str(error) or "C compiler" in str(error):                # inductor's words, Triton's
+            raise SystemExit("error: torch.compile needs a C++ compiler: install g++, or use --compile off") from None
         raise
     except OSError as error:                                         # a full disk, a folder without permission
         raise SystemExit(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}") from None
