@@ -214,7 +214,8 @@ class ViT(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
         if self.add_input:
             x = x + self.pos_embed
-        x = x.contiguous()  # under GAP x has the convolution's layout until here, which would slow every block
+        # Under GAP x still has the convolution's layout, which is slow, and its bf16 in autocast if pos_0 is not added.
+        x = x.to(self.norm.weight.dtype).contiguous()
         for block, e in zip(self.blocks, delivered):
             x = block(x, e)
         y = self.norm(x)
@@ -249,7 +250,8 @@ def check_options(*, image_size, patch_size, depth, dim, heads, mlp_ratio, norm_
         if type(value) not in (int, float) or not 0 <= value < 1:
             raise ValueError(f"{name}={value!r} is not in [0, 1)")
     for name, value in dict(qkv_bias=qkv_bias, layer0=layer0, hierarchical=hierarchical, add_input=add_input).items():
-        check_word(name, value, (True, False))
+        if type(value) is not bool:
+            raise ValueError(f"{name}={value!r} is neither True nor False")
     check_word("block_type", block_type, ("prenorm", "renorm"))
     check_word("init", init, ("deit", "vit-lite"))
     check_word("pe_init", pe_init, ("learned", "sincos"))
@@ -362,28 +364,28 @@ def state_dict_of(checkpoint):
     return checkpoint
 
 
-def drop_cls_token(model, state):
-    """-> weights trained with a class token, for a GAP model: without the token and its PE row, PE norms at 0."""
-    has_both = "cls_token" in state and getattr(state.get("pos_embed"), "ndim", 0) == 3
-    if not has_both or model.cls_token is not None or not model.add_input:
-        raise ValueError("from_cls takes weights with a class token into a model with pool='gap' and pos_0 at its "
-                         "input: gap, pvg, mpvg")
+def extend_plain(model, state):
+    """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
+    if model.cls_token is not None or not model.add_input or getattr(state.get("pos_embed"), "ndim", 0) != 3:
+        raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
            if "pe_norm" in name or name == "last_shift"}
-    state = new | {name: value for name, value in state.items() if name != "cls_token"}
-    return state | {"pos_embed": state["pos_embed"][:, 1:]}
+    state = new | state
+    if state.pop("cls_token", None) is not None:
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state
 
 
-def load_weights(model, source, *, new_head=False, old_grid=None, from_cls=False):
+def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=False):
     """Loads a checkpoint, a path or a state dict (DeiT's, timm's and LaPE's fit), into the model and returns the model.
 
     A PE of another grid is resized; old_grid, (h, w) in patches, is needed where the checkpoint's grid is not square.
-    new_head: keep the model's head where the number of classes differs. from_cls: take weights with a class token into
-    gap, pvg or mpvg; the token and its PE row are dropped, and missing PE norms start at gamma = beta = 0, so that the
-    model starts as `gap`. Raises ValueError with every missing, unexpected or misshapen key, and loads nothing.
+    new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
+    gap, pvg or mpvg: PE norms that are missing start at gamma = beta = 0, so that the model starts as `gap`; a class
+    token and its PE row are dropped. Raises ValueError with every missing, unexpected or misshapen key; loads nothing.
     """
     state = state_dict_of(read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source)
-    state, own = drop_cls_token(model, state) if from_cls else dict(state), model.state_dict()
+    state, own = extend_plain(model, state) if from_plain else dict(state), model.state_dict()
     prefix = int("cls_token" in state)
     for name in {"pos_embed", "last_pos_embed"} & own.keys() & state.keys():
         table = state[name]
@@ -393,17 +395,16 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_cls=False
     if new_head and (head is None or getattr(head, "shape", ())[:1] != own["head.weight"].shape[:1]):
         state.update({name: own[name] for name in ("head.weight", "head.bias")})
 
+    hint = {"head.weight": " (new_head=True starts a new head)",
+            "pos_embed": " (if the file's grid is not square, name it: old_grid=(h, w))"}
     problems = [f"missing {name}" for name in own if name not in state]
     for name, value in state.items():
         if name not in own:
-            problems.append(f"unexpected {name}" + " (from_cls=True drops it)" * (name == "cls_token"))
+            problems.append(f"unexpected {name}" + " (from_plain=True drops it)" * (name == "cls_token"))
         elif not isinstance(value, torch.Tensor):
             problems.append(f"{name} is not a tensor")
         elif value.shape != own[name].shape:
-            hint = " (new_head=True starts a new head)" if name == "head.weight" else ""
-            if name == "pos_embed" and prefix == (model.cls_token is not None):
-                hint = " (old_grid=(h, w) names the file's grid where it is not square)"
-            problems.append(f"{name} is {tuple(value.shape)}, the model's {tuple(own[name].shape)}{hint}")
+            problems.append(f"{name} is {tuple(value.shape)}, the model's {tuple(own[name].shape)}{hint.get(name, '')}")
     if problems:
         raise ValueError(f"these weights do not fit (another model, another method, or folded?): {'; '.join(problems)}")
     model.load_state_dict(state)

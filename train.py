@@ -104,8 +104,8 @@ def parse_assignments(option, text, separator, names):
     """Text of an option, such as mixup=0,lr_per=step -> {"mixup": 0, "lr_per": "step"}. Refuses an unknown name."""
     values = {}
     for item in filter(None, (text or "").split(separator)):
-        name, _, word = item.strip().partition("=")
-        if name not in names:
+        name, equals, word = item.strip().partition("=")
+        if name not in names or not equals:
             refuse(option, f"{item!r} is not NAME=VALUE; NAME is one of {', '.join(names)}")
         word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
         try:
@@ -233,7 +233,7 @@ def warn(path, reason):
 class FolderData(Dataset):
     """Image files, (path, label) each, that worker processes decode and crop.
 
-    unreadable: how many files could not be decoded in the last pass.
+    unreadable: how many files could not be decoded in the last epoch.
     crop_scale: least area of a random resized crop; None for testing: the short side is resized to size / crop_ratio
     and the centre cropped. A crop depends on its seed only, not on the process that makes it.
     """
@@ -248,21 +248,20 @@ class FolderData(Dataset):
     def __getitem__(self, index_and_seed):
         """-> uint8 image (3, size, size), label, how many files could not be decoded.
 
-        A file that cannot be decoded is replaced by the next one; in testing, by a black image with the label -1, which
-        evaluate() ignores.
+        A training image that cannot be decoded is replaced by the next one. A test image is not: raises OSError.
         """
         index, seed = index_and_seed
-        testing = self.crop_scale is None
-        for unreadable in range(1 if testing else 20):
+        for unreadable in range(20):
             path, label = self.samples[(index + unreadable) % len(self.samples)]
             try:
                 image = decode(path)
             except Exception as error:                               # a damaged file can fail in any way
-                warn(path, str(error) or type(error).__name__)
+                reason = str(error) or type(error).__name__
+                if self.crop_scale is None:
+                    raise OSError(f"test image {path} cannot be decoded ({reason}): replace the file") from None
+                warn(path, reason)
             else:
                 return self.crop(image, seed), label, unreadable
-        if testing:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1, 1
         raise OSError(f"{path} and the 19 files before it cannot be decoded: is the disk mounted?")
 
     def crop(self, image, seed):
@@ -655,7 +654,7 @@ def evaluate(model, test_data, config, device):
 
     Leaves the model in training mode.
     """
-    hits, losses, count, size = 0.0, 0.0, 0, None
+    hits, losses, size = 0.0, 0.0, None
     model.eval()
     for images, labels in test_data.test_batches(RANK, WORLD_SIZE):
         size = size or len(images)                                   # the last batch is padded: one shape to compile
@@ -665,15 +664,11 @@ def evaluate(model, test_data, config, device):
             logits = model(normalise(images.to(device), config["data"]))
         hits = hits + (logits.argmax(1) == labels).sum()
         losses = losses + F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
-        count = count + (labels >= 0).sum()
     model.train()
-    hits, losses, count = sum_over_processes(hits, losses, count)
-    if count == 0:
-        raise SystemExit("error: no test image can be decoded")
+    hits, losses = sum_over_processes(hits, losses)
     if not math.isfinite(losses):                                    # before anything is saved
-        raise SystemExit("error: the test loss is not finite, the run has diverged: try a lower --lr, or, on CUDA, "
-                         "torch.backends.cuda.enable_cudnn_sdp(False) at the top of train.py")
-    return dict(test_accuracy=100 * hits / count, test_loss=losses / count)
+        raise SystemExit("error: the test loss is not finite, the run has diverged: try a lower --lr")
+    return dict(test_accuracy=100 * hits / len(test_data), test_loss=losses / len(test_data))
 
 
 def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
@@ -712,7 +707,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
         loss = train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device)
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
         result = evaluate(compiled, data["test"], config, device)
-        loss, unreadable = sum_over_processes(loss / WORLD_SIZE, sum(part.unreadable for part in data.values()))
+        loss, unreadable = sum_over_processes(loss / WORLD_SIZE, data["train"].unreadable)
         log.append(dict(
             epoch=epoch + 1, loss=loss, **result, lr=float(optimizer.param_groups[0]["lr"]), processes=WORLD_SIZE,
             images_per_second=speed, unreadable=int(unreadable), seconds=time.perf_counter() - start))
@@ -988,7 +983,7 @@ def train_command(
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
     device: str = DEVICE,
-    precision: Literal["fp32", "bf16"] | None = flag("bf16: autocast.", shown="bf16 on CUDA"),
+    precision: Literal["fp32", "bf16"] | None = flag("bf16: autocast; fp32: TF32 on CUDA.", shown="bf16 on CUDA"),
     compile: Literal["off", "on", "graphs"] | None = flag(
         "torch.compile; graphs: each step as one CUDA graph.", shown="on with CUDA"),
     accumulate: int = flag("Gradient accumulation: split each batch into this many parts.", default=1, min=1),
@@ -1085,14 +1080,14 @@ def initialise(model, path, config):
         if isinstance(trained, dict) and trained.get("data") != config["data"]:
             state.pop("head.weight", None)                           # perhaps as many classes, but others
         new_head = getattr(state.get("head.weight"), "shape", ())[:1] != model.head.weight.shape[:1]
-        from_cls = model.cls_token is None and "cls_token" in state
-        new = [name for name in model.state_dict() if from_cls and name not in state and not name.startswith("head")]
+        new = [name for name in model.state_dict() if name not in state and not name.startswith("head")]
+        from_plain = model.cls_token is None and ("cls_token" in state or bool(new))
+        load_weights(model, state, new_head=True, from_plain=from_plain)
         if new and config["freeze"]:
             raise ValueError("its PE norms start at 0 and must be trained: leave out --freeze")
-        load_weights(model, state, new_head=True, from_cls=from_cls)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
-    return (("without its class token, " if from_cls else "")
+    return (("without its class token, " if from_plain and "cls_token" in state else "")
             + (f"with new norms at 0 ({', '.join(new)}), " if new else "")
             + ("with a new head" if new_head else "with its head"))
 
@@ -1269,11 +1264,11 @@ by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
 Differences are paired by seed; +- is half of the confidence interval of that level. Verdicts are on
-the sign and need four seeds; read them once, when all planned seeds are done. The interaction,
-(lape-gap - gap) - (lape - default), is tested at 5 % by itself. lape - default, lape-gap - gap,
-mpvg - pvg and mpvg - default share 5 % by Holm's procedure, even if some of them are missing: once
-one is inconclusive, so are all with a larger p-value. The last column says whether the paper's value,
-of one run per method, is inside our interval.
+the sign, for this model and this many epochs. They need four seeds; read them once, when all planned
+seeds are done. The interaction, (lape-gap - gap) - (lape - default), is tested at 5 % by itself.
+lape - default, lape-gap - gap, mpvg - pvg and mpvg - default share 5 % by Holm's procedure, even if
+some of them are missing: once one is inconclusive, so are all with a larger p-value. The last column
+says whether the paper's value, of one run per method, is inside our interval.
 """
 MECHANISM_NOTE = """\
 Last norm: variance of its bias beta and of the effective offset, beta + mean of LN'(pos_0);
@@ -1290,13 +1285,16 @@ from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % f
 def results_table(title, methods, base=None):
     """-> text: one row per method of a setting, {label: {seed: run}}; the paper's values beside it."""
     rows, reference = [], base or next(iter(methods))
+    others = methods.get(reference, {})
     paper = PAPER.get(title.rpartition(", ")[0], {})                 # its keys leave out the precision
     for name, seeds in methods.items():
         logs = [run.log for run in seeds.values()]
-        pairs = [run.log[-1]["test_accuracy"] - methods[reference][seed].log[-1]["test_accuracy"]
-                 for seed, run in seeds.items() if name != reference and seed in methods.get(reference, {})]
+        pairs = [run.log[-1]["test_accuracy"] - others[seed].log[-1]["test_accuracy"]
+                 for seed, run in seeds.items() if name != reference and seed in others]
+        unpaired = 0 < len(pairs) < max(len(seeds), len(others))
         rows.append([
-            name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]), difference(pairs),
+            name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]),
+            difference(pairs) + f" (n={len(pairs)})" * unpaired,
             f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
             f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{next(iter(seeds.values())).parameters:,}",
             f"{paper[name]:.2f}" if name in paper else ""])
@@ -1410,7 +1408,7 @@ def evaluate_command(
     typer.echo(f"{method_label(config)}, {config['model']}{', folded' if fold_ else ''}, {config['data']} at {size}x"
                f"{size}, seed {config['seed']}, epoch {len(checkpoint['log'])}: "
                f"test accuracy {result['test_accuracy']:.2f} %, loss {result['test_loss']:.4f}, "
-               f"{len(data) - data.unreadable:,} images")
+               f"{len(data):,} images")
 
 
 def watch_norms(model, images):
@@ -1512,11 +1510,8 @@ def images_to_measure(config, count, data_dir, device):
     """-> at most `count` test images of all classes, a list of normalised batches (B, 3, H, W) and labels (B,)."""
     data = load_split(config, "test", data_dir, device)
     every = math.ceil(len(data) / count)                             # files are sorted by class
-    batches = [(normalise(images[labels >= 0].to(device), config["data"]), labels[labels >= 0].to(device))
-               for images, labels in data.test_batches(0, every, 50)]
-    if sum(len(labels) for _, labels in batches) < 2:
-        raise SystemExit("error: fewer than two test images can be decoded")
-    return batches
+    return [(normalise(images.to(device), config["data"]), labels.to(device))
+            for images, labels in data.test_batches(0, every, 50)]
 
 
 def measure_run(run, model, batches):
@@ -1658,7 +1653,7 @@ def report(
             if key not in test_images:
                 test_images[key] = images_to_measure(run.config, images, data_dir, device)
         except (OSError, SystemExit) as error:
-            typer.echo(f"note: {run.folder} was not measured again ({error})", err=True)
+            typer.echo(f"note: {run.folder} was not measured again ({last_line(error)})", err=True)
             continue
         tokens, pe = measure_run(run, model, test_images[key])
         heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
@@ -1683,6 +1678,10 @@ def report(
         typer.echo("the figures need matplotlib: pip install matplotlib")
 
 
+def last_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[-1]      # a DataLoader's worker puts its traceback before
+
+
 def main():
     try:
         app()
@@ -1695,7 +1694,7 @@ def main():
             raise SystemExit("error: torch.compile needs a C++ compiler: install g++, or use --compile off") from None
         raise
     except OSError as error:                                         # a full disk, a folder without permission
-        raise SystemExit(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}") from None
+        raise SystemExit(f"error: {last_line(error)}") from None
 
 
 if __name__ == "__main__":
