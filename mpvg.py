@@ -395,8 +395,9 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
     if new_head and (head is None or getattr(head, "shape", ())[:1] != own["head.weight"].shape[:1]):
         state.update({name: own[name] for name in ("head.weight", "head.bias")})
 
-    hint = {"head.weight": " (new_head=True starts a new head)",
-            "pos_embed": " (if the file's grid is not square, name it: old_grid=(h, w))"}
+    hint = {"head.weight": " (new_head=True starts a new head)"}
+    if prefix == (model.cls_token is not None):
+        hint["pos_embed"] = " (if the file's grid is not square, name it: old_grid=(h, w))"
     problems = [f"missing {name}" for name in own if name not in state]
     for name, value in state.items():
         if name not in own:

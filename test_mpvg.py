@@ -1185,7 +1185,7 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     for path in shutil.copytree(files, tmp_path / "empty").rglob("*.JPEG"):
         path.write_bytes(b"")
     result = ok(report(tmp_path, folder, "--data-dir", tmp_path / "empty"))
-    assert "cannot be decoded (cannot identify" in result.err
+    assert "(test image" in result.err and "cannot be decoded (cannot identify" in result.err
     assert (folder / "mechanism.json").read_text() == measured
     ok(cli(*flags, "--data-dir", two, "--name", "of-two", data="imagenet"))     # and other classes
     result = ok(report(tmp_path, folder, tmp_path / "of-two", "--data-dir", files))

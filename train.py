@@ -1679,7 +1679,8 @@ def report(
 
 
 def last_line(error):
-    return (str(error).strip() or repr(error)).splitlines()[-1]      # a DataLoader's worker puts its traceback before
+    """-> an error's message; a DataLoader's worker puts its traceback before it."""
+    return (str(error).strip() or repr(error)).splitlines()[-1].removeprefix("OSError: ")
 
 
 def main():
