@@ -368,8 +368,9 @@ def extend_plain(model, state):
     """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
     if model.cls_token is not None or not model.add_input or getattr(state.get("pos_embed"), "ndim", 0) != 3:
         raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
+    plain = not any("pe_norm" in name for name in state)  # else a new norm at 0 would hide pos_0 from trained ones
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
-           if "pe_norm" in name or name == "last_shift"}
+           if name.startswith(("pe_norm", "last_shift")) or plain and "pe_norm" in name}
     state = new | state
     if state.pop("cls_token", None) is not None:
         state["pos_embed"] = state["pos_embed"][:, 1:]

@@ -554,6 +554,8 @@ def test_from_plain_refuses_other_models():
     for method, source in (("default", "default"), ("lape-gap", "default"), ("lape-gap", "gap")):
         with pytest.raises(ValueError, match="a plain ViT's weights fit models with pool='gap' and pos_0"):
             load_weights(tiny(method), tiny(source).state_dict(), from_plain=True)
+    with pytest.raises(ValueError, match="missing blocks.0.pe_norm.weight"):
+        load_weights(tiny("mpvg", layer0=True), tiny("pvg").state_dict(), from_plain=True)
 
 
 # ------------------------------------------------------------------------------------------- train.py: augmentation

@@ -983,7 +983,7 @@ def train_command(
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
     device: str = DEVICE,
-    precision: Literal["fp32", "bf16"] | None = flag("bf16: autocast; fp32: TF32 on CUDA.", shown="bf16 on CUDA"),
+    precision: Literal["fp32", "bf16"] | None = flag("bf16: autocast; fp32 uses TF32 on CUDA.", shown="bf16 on CUDA"),
     compile: Literal["off", "on", "graphs"] | None = flag(
         "torch.compile; graphs: each step as one CUDA graph.", shown="on with CUDA"),
     accumulate: int = flag("Gradient accumulation: split each batch into this many parts.", default=1, min=1),
