@@ -348,7 +348,7 @@ def to_device(tensor, device):
     return tensor.to(device)
 
 
-def sample(x, grid, bicubic):
+def interpolate(x, grid, bicubic):
     """x at grid (B, H, W, 2), places (u, v) from -1 to 1. bicubic (B,): True, or False for bilinear interpolation."""
     cubic, linear = (F.grid_sample(x.float(), grid, mode, "border", align_corners=False)
                      for mode in ("bicubic", "bilinear"))
@@ -361,32 +361,23 @@ def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     matrix = torch.stack([zeros + t for t in (a, b, c, d, e, f)], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, x.shape, align_corners=False)
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    return torch.where(inside, sample(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
+    return torch.where(inside, interpolate(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
 
 
-def resized_crop(x, box, bicubic):
-    """The boxes (B, 4), top, left, height and width in pixels, enlarged to the whole image."""
-    axes = []
-    for axis, length in enumerate(x.shape[2:]):
-        start, size = box[:, axis, None], box[:, axis + 2, None]
-        place = (torch.arange(length, device=x.device) + 0.5) / length * size
-        place = start + place.clamp(min=0.5).minimum(size - 0.5)     # the edge pixel is repeated
-        axes.append(place * 2 / length - 1)
-    grid = torch.stack(torch.broadcast_tensors(axes[1][:, None], axes[0][..., None]), dim=-1)  # (B, H, W, 2)
-    return sample(x, grid, bicubic).round().to(torch.uint8)
+def crop_boxes(x, box, bicubic):
+    """The boxes (B, 4), top, left, height and width in pixels, enlarged to the whole image, which is square."""
+    side, start, size = x.shape[3], box[:, :2, None], box[:, 2:, None]   # start, size: (B, 2, 1)
+    place = (torch.arange(side, device=x.device) + 0.5) / side * size    # in the box: of each row, each column
+    place = start + place.clamp(min=0.5).minimum(size - 0.5)         # the edge pixel is repeated
+    v, u = (place * 2 / side - 1).unbind(1)                          # (B, side) each
+    grid = torch.stack(torch.broadcast_tensors(u[:, None], v[..., None]), dim=-1)  # (B, side, side, 2)
+    return interpolate(x, grid, bicubic).round().to(torch.uint8)
 
 
 def blend(base, x, m):
     """base + (1 + 0.09 m)(x - base): a smaller or a greater difference from `base`."""
     factor, base = (1 + 0.09 * m).clamp(min=0.1).view(-1, 1, 1, 1), base.float()
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
-
-
-def smooth(x):
-    """Pillow's SMOOTH filter: centre weight 5, neighbours 1, divided by 13; border pixels stay."""
-    y = x.float()
-    y[:, :, 1:-1, 1:-1] = ((9 * F.avg_pool2d(y, 3, 1) + 4 * y[:, :, 1:-1, 1:-1]) / 13).round()
-    return y
 
 
 # RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x; m, from -10 to 10 (B,), is the magnitude with a random
@@ -403,7 +394,7 @@ OPERATIONS = {
     "Color": lambda x, m, affine: blend(v2.rgb_to_grayscale(x), x, m),
     "Contrast": lambda x, m, affine: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m),
     "Brightness": lambda x, m, affine: blend(torch.zeros_like(x), x, m),
-    "Sharpness": lambda x, m, affine: blend(smooth(x), x, m),
+    "Sharpness": lambda x, m, affine: blend(v2.adjust_sharpness(x, 0), x, m),  # 0: smoothed
     "ShearX": lambda x, m, affine: affine(x, b=0.03 * m, c=0.03 * m),
     "ShearY": lambda x, m, affine: affine(x, d=0.03 * m, f=0.03 * m),
     "TranslateX": lambda x, m, affine: affine(x, c=0.09 * m),
@@ -463,7 +454,7 @@ def draw_mixing(steps, side, recipe):
 def augment(x, draws, recipe, fill):
     """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
     if recipe.crop_scale < 1:
-        x = resized_crop(x, to_device(draws["crop"], x.device), to_device(draws["crop_bicubic"], x.device))
+        x = crop_boxes(x, to_device(draws["crop"], x.device), to_device(draws["crop_bicubic"], x.device))
     x = torch.where(to_device(draws["flip"], x.device).view(-1, 1, 1, 1), x.flip(3), x)
     for layer, operation in enumerate(draws["operation"].T):         # (B,): each image's operation, by number
         m, bicubic = (to_device(draws[name][:, layer], x.device) for name in ("magnitude", "bicubic"))
@@ -550,7 +541,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**62 + rank                             # seeds are under 2**62
+        noise_seed = seed + 2**31 + rank                             # far from all others; a CPU takes 32 bits of it
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -574,8 +565,7 @@ def parameter_groups(model, weight_decay, decay_pe):
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         pe_or_cls = name in ("pos_embed", "last_pos_embed", "cls_token")
-        if parameter.requires_grad:
-            groups[parameter.ndim > 1 and (decay_pe or not pe_or_cls)].append(parameter)
+        groups[parameter.ndim > 1 and (decay_pe or not pe_or_cls)].append(parameter)
     return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
 
 
@@ -617,13 +607,16 @@ def compile_now(train_step, optimizer, example):
             value.zero_()
 
 
-def capture(train_step, example):
-    """-> train_step as one CUDA graph: a batch is copied to where the graph reads it, and one launch does the rest."""
-    graph = torch.cuda.CUDAGraph()
+def capture(train_step, optimizer, example):
+    """-> train_step as one CUDA graph: batch and lr are copied to where it reads them, and one launch does the rest."""
+    graph, lr = torch.cuda.CUDAGraph(), torch.zeros((), device=example[0].device)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     with torch.cuda.graph(graph):
         loss = train_step(*example)
 
     def replay(*batch):
+        lr.fill_(optimizer.param_groups[0]["lr"])
         for place, tensor in zip(example, batch):
             place.copy_(tensor)
         graph.replay()
@@ -638,10 +631,7 @@ def train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device):
     for step, (images, targets) in enumerate(bar):
         lr = lr_at(epoch if recipe.lr_per == "epoch" else epoch + step / steps, recipe)
         for group in optimizer.param_groups:
-            if torch.is_tensor(group["lr"]):                         # a CUDA graph reads it there
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            group["lr"] = lr
         losses[step] = train_step(images.to(device), targets.to(device))
         if step % 100 == 99:                                         # rarely: reading a loss waits for the GPU
             bar.set_postfix(loss=f"{losses[step].item():.3f}", refresh=False)
@@ -691,9 +681,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     if graphs:
-        for group in optimizer.param_groups:                         # a graph reads the lr on the device
-            group["lr"] = torch.zeros((), device=device)
-        train_step = capture(train_step, example)
+        train_step = capture(train_step, optimizer, example)
 
     print_main("\nepoch     loss   test %         lr   images/s   epoch s   elapsed s")
     steps = len(data["train"]) // recipe.batch_size
@@ -709,7 +697,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
         result = evaluate(compiled, data["test"], config, device)
         loss, unreadable = sum_over_processes(loss / WORLD_SIZE, data["train"].unreadable)
         log.append(dict(
-            epoch=epoch + 1, loss=loss, **result, lr=float(optimizer.param_groups[0]["lr"]), processes=WORLD_SIZE,
+            epoch=epoch + 1, loss=loss, **result, lr=optimizer.param_groups[0]["lr"], processes=WORLD_SIZE,
             images_per_second=speed, unreadable=int(unreadable), seconds=time.perf_counter() - start))
         if RANK == 0:
             save_checkpoint(folder, model, optimizer, config, log)
@@ -773,8 +761,6 @@ def load_checkpoint(path):
         checkpoint = read_checkpoint(path)
         setting(checkpoint["config"])                                # fails where a value is missing
         model = load_weights(build_model(checkpoint["config"]), checkpoint["model"])
-        if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
-            raise ValueError("it holds no finished epoch")
     except OSError as error:
         raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
     except Exception as error:                                       # an altered file can be wrong in any way
@@ -793,10 +779,10 @@ def open_run(folder, resume, overwrite):
     try:
         import fcntl
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                              # Windows has no such locks
-        pass
     except (BlockingIOError, PermissionError):
         raise SystemExit(f"error: another process is training in {folder}: wait, or choose another --name") from None
+    except (ImportError, OSError):                                   # Windows and some network disks have no locks
+        pass
     if resume and (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder)[1]
     elif resume and (folder / "log.jsonl").exists():
@@ -809,7 +795,7 @@ def open_run(folder, resume, overwrite):
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-# The methods that the paper's three flags name: --pe, --pool, --mpvg.
+# The methods that --pe, --pool and --mpvg name.
 METHOD_OF_FLAGS = {
     ("absolute", "cls", False): "default", ("absolute", "gap", False): "gap", ("absolute", "gap", True): "gap-last-pe",
     ("layerwise", "cls", False): "lape", ("layerwise", "gap", False): "pvg", ("layerwise", "gap", True): "mpvg",
@@ -1055,8 +1041,8 @@ def train_run(flags, config, folder, device):
     if checkpoint:
         load_weights(model, checkpoint)
     elif flags["init"]:
-        changes = initialise(model, flags["init"], config)
-        print_main(f"starts from {flags['init']}, {changes}")
+        details = initialise(model, flags["init"], config)
+        print_main(f"starts from {flags['init']}, {details}")
     count = sum(parameter.numel() for parameter in model.to(device).parameters())
     print_main(f"{method_label(config)}: {config['model']} with {count:,} parameters\n"
                f"{config['data']}: {config['images']:,} training images, {len(data['test']):,} test images\n"
@@ -1136,7 +1122,7 @@ def sweep(
             typer.echo(f"\n--- {folder.name}")
             code = subprocess.run(command).returncode
         else:
-            threads = str(max(1, (os.cpu_count() or 1) // jobs))     # the runs share the cores
+            threads = str(max(1, torch.get_num_threads() // jobs))     # the runs share the cores
             with open(f"{folder}.txt", "a") as output:
                 code = subprocess.run(command, stdout=output, stderr=output,
                                       env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
@@ -1344,18 +1330,18 @@ def contrasts(methods):
     return rows
 
 
-def contrast_table(found):
-    """-> text: what contrasts() found, beside the paper's values."""
-    rows = []
-    for c in found:
-        middle, paper = mean(c["values"]), ["", "", ""]
-        if c["paper"] is not None:
-            inside = abs(middle - c["paper"]) <= c["half"]
-            paper = [f"{c['paper']:+.2f}", c["paper_model"], "inside" if inside else "outside"]
-        rows.append([c["name"], str(len(c["values"])), f"{middle:+.2f} +- {c['half']:.2f}",
-                     f"{100 - 100 * c['alpha']:.2f}", c["verdict"], *paper])
+def contrast_table(contrast_rows):
+    """-> text: the rows of contrasts() beside the paper's values."""
+    cells = []
+    for row in contrast_rows:
+        middle, paper = mean(row["values"]), ["", "", ""]
+        if row["paper"] is not None:
+            inside = abs(middle - row["paper"]) <= row["half"]
+            paper = [f"{row['paper']:+.2f}", row["paper_model"], "inside" if inside else "outside"]
+        cells.append([row["name"], str(len(row["values"])), f"{middle:+.2f} +- {row['half']:.2f}",
+                      f"{100 - 100 * row['alpha']:.2f}", row["verdict"], *paper])
     head = ["contrast", "n", "difference", "level %", "verdict", "paper", "model", "paper is"]
-    return as_table("Contrasts", head, rows, CONTRASTS_NOTE)
+    return as_table("Contrasts", head, cells, CONTRASTS_NOTE)
 
 
 def mechanism_tables(methods):
@@ -1506,24 +1492,24 @@ def measure_position(model, batches):
                 attention=[None if e is None else share for share, e in zip(attention.tolist(), delivered)])
 
 
-def images_to_measure(config, count, data_dir, device):
-    """-> at most `count` test images of all classes, a list of normalised batches (B, 3, H, W) and labels (B,)."""
-    data = load_split(config, "test", data_dir, device)
+def measure_run(run, count, data_dir, device):
+    """Measures a run's trained model on at most `count` test images, into run.mechanism and mechanism.json.
+
+    -> tokens and pe, for plot_layers.
+    """
+    model = load_checkpoint(run.folder)[0].to(device).eval()
+    data = load_split(run.config, "test", data_dir, device)
     every = math.ceil(len(data) / count)                             # files are sorted by class
-    return [(normalise(images.to(device), config["data"]), labels.to(device))
-            for images, labels in data.test_batches(0, every, 50)]
-
-
-def measure_run(run, model, batches):
-    """Measures a run's trained model, into run.mechanism and mechanism.json. -> tokens and pe, for plot_layers."""
+    batches = [(normalise(images.to(device), run.config["data"]), labels.to(device))
+               for images, labels in data.test_batches(0, every, 50)]
     tokens, pe, values = measure(model, batches)
     torch.manual_seed(run.config["seed"])                            # the model before training
     before = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
     values |= measure_position(model, batches) | dict(
         offset_before=before, beta_variance=variance(values["beta"]), offset_variance=variance(values["offset"]),
         images=sum(len(labels) for _, labels in batches))
-    run.mechanism.update(values)
     save(run.folder / "mechanism.json", (json.dumps(values) + "\n").encode())
+    run.mechanism.update(values)
     return tokens, pe
 
 
@@ -1551,9 +1537,9 @@ def plot_lines(path, panels, methods):
     A method has the same colour in all figures. With other options it is dashed, in three ways that repeat.
     """
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(5 * len(panels) + 1, 3.8), layout="constrained")
+    figure = Figure(figsize=(5 * len(panels) + 2, 3.8), layout="constrained")
     for ax, (x, y, *lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        names, dashed = [], []
+        dashed = []
         for label, seeds in methods.items():
             run = next(iter(seeds.values()))
             color, dash = f"C{list(METHODS).index(run.config['method'])}", "-"
@@ -1563,10 +1549,9 @@ def plot_lines(path, panels, methods):
             for values_of, style in zip(lines, (dash, ":")):
                 values = np.array([values_of(run) for run in seeds.values()], float)  # None: nan
                 middle = values.mean(0)
-                ax.plot(middle, style, marker="." if len(middle) < 20 else "", color=color)
+                ax.plot(middle, style, marker="." if len(middle) < 20 else "", color=color,
+                        label="" if style == ":" or np.isnan(middle).all() else label)
                 ax.fill_between(range(len(middle)), values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
-                if style != ":":
-                    names += [(value, label, color) for value in middle[~np.isnan(middle)][-1:]]
         ax.grid(visible=True, alpha=0.3)
         ax.set(xlabel=x, ylabel=y)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -1578,12 +1563,7 @@ def plot_lines(path, panels, methods):
         if path.stem == "correlation":                               # the paper's Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
-        (low, high), names = ax.get_ylim(), sorted(names)
-        steps = (high - low) / 18 * np.arange(len(names))
-        places = np.maximum.accumulate([end for end, *_ in names] - steps) + steps  # at least a step apart
-        places = np.minimum(places, high - steps[::-1])              # pushed down where they would leave the frame
-        for place, (_, label, color) in zip(places, names):
-            ax.text(1.02, place, label, color=color, va="center", size=9, transform=ax.get_yaxis_transform())
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path)
 
 
@@ -1645,18 +1625,13 @@ def report(
         labels = ", ".join(sorted({run.label for run in runs}))
         raise SystemExit(f"error: none of these runs is of --base {base}: choose from {labels}")
     runs.sort(key=lambda run: ([*METHODS].index(run.config["method"]), run.label, run.config["seed"]))
-    settings, test_images, heatmaps = by_setting(runs), {}, {}
+    settings, heatmaps = by_setting(runs), {}
     for run in tqdm([run for run in runs if (run.folder / "last.pt").exists()], "measuring", leave=False, disable=None):
-        key = run.config["data"], run.config["image_size"], run.config["num_classes"]
         try:
-            model = load_checkpoint(run.folder)[0].to(device).eval()
-            if key not in test_images:
-                test_images[key] = images_to_measure(run.config, images, data_dir, device)
+            tokens, pe = measure_run(run, images, data_dir, device)
+            heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
         except (OSError, SystemExit) as error:
             typer.echo(f"note: {run.folder} was not measured again ({last_line(error)})", err=True)
-            continue
-        tokens, pe = measure_run(run, model, test_images[key])
-        heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
     measured = by_setting(run for run in runs if "stream" in run.mechanism)
     for title, methods in settings.items():
         typer.echo(results_table(title, methods, base) + contrast_table(contrasts(methods))
