@@ -5,6 +5,7 @@ through a LayerNorm of its own ("layer-wise"). The paper reports that this helps
 For GAP it keeps the PE at the input and delivers it from block 1 on (PVG), and adds the initial PE, through one more
 LayerNorm, to the output of the last LayerNorm (MPVG).
 
+    LN_l, LN''_l: block l's two norms; LN'_l: its norm for the PE; LN, LN': the last norm and the norm for its PE
     pos_0   = pos_embed                                   the PE as it is learned, (1, N, D)
     x_0     = patch_embed(image) + pos_0                  LaPE: without pos_0
     e_1     = LN'_1(pos_0),  e_l = LN'_l(e_{l-1})         LaPE: one block earlier, e_0 = LN'_0(pos_0)
@@ -139,7 +140,7 @@ class ViT(nn.Module):
                  mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, attn_drop=0.0, drop_path=0.0, block_type="prenorm",
                  init="deit", pe_init="learned", pe_std=0.02,
                  pe="absolute", pool="cls", last_pe=None, layer0=False, hierarchical=True, add_input=True):
-        check_options(**{name: value for name, value in locals().items() if name in ViT.__init__.__kwdefaults__})
+        check_options(**locals())  # its **_ takes self and __class__
         super().__init__()
         height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         self.image_shape = (in_channels, height, width)
@@ -148,6 +149,7 @@ class ViT(nn.Module):
         self.add_input = add_input and pe != "none"
         patches, tokens = math.prod(self.grid), math.prod(self.grid) + (pool == "cls")
 
+        # Parameters have the names of DeiT and timm (so patch_embed.proj), PE norms those of LaPE.
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         if pe_init == "sincos" and pe != "none":  # the class token has no place on the grid: a row of zeros
@@ -194,13 +196,13 @@ class ViT(nn.Module):
         """-> what is added to the last norm's output, (1, N, D), for "shift" (D), or None for nothing."""
         if self.last_pe is None:                                    # not `if self.last_pe`: MPVG's 0 is falsy
             return None
+        if self.last_pe == 0:
+            return self.pe_norm(self.pos_embed)                     # MPVG: LN'(pos_0)
         if self.last_pe == "shift":
             return self.last_shift
         if self.last_pe == "free":
             return self.pe_norm(self.last_pos_embed)
-        if self.last_pe == 0:
-            return self.pe_norm(self.pos_embed)                     # MPVG: LN'(pos_0)
-        return self.pe_norm(delivered[self.last_pe])
+        return self.pe_norm(delivered[self.last_pe])                # Table 5: LN'(e_n)
 
     def forward_features(self, images):
         """Images (B, C, H, W) -> tokens after the last norm and its PE, (B, N, D); a class token is row 0."""
@@ -211,10 +213,10 @@ class ViT(nn.Module):
         last = self.last_norm_pe(delivered)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, D, h, w) -> (B, N, D), row by row
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # from here on N counts it, too
         if self.add_input:
             x = x + self.pos_embed
-        # Under GAP x still has the convolution's layout, which is slow, and its bf16 in autocast if pos_0 is not added.
+        # Under GAP x still has the convolution's memory layout (slow) and, where pos_0 is not added, autocast's bf16.
         x = x.to(self.norm.weight.dtype).contiguous()
         for block, e in zip(self.blocks, delivered):
             x = block(x, e)
@@ -234,13 +236,14 @@ def check_word(name, value, choices):
         raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, choices))}")
 
 
-def check_options(*, image_size, patch_size, depth, dim, heads, mlp_ratio, norm_eps, pe_std, attn_drop, drop_path,
-                  qkv_bias, block_type, init, pe_init, pe, pool, last_pe, layer0, hierarchical, add_input, **sizes):
+def check_options(*, image_size, patch_size, in_channels, num_classes, dim, depth, heads, mlp_ratio, qkv_bias, norm_eps,
+                  attn_drop, drop_path, block_type, init, pe_init, pe_std,
+                  pe, pool, last_pe, layer0, hierarchical, add_input, **_):
     """Raises ValueError for options that make no ViT. The model works without this check."""
     is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
     height, width = image_size if is_pair else (image_size, image_size)
-    sizes |= dict(image_height=height, image_width=width, patch_size=patch_size, depth=depth, dim=dim, heads=heads)
-    for name, value in sizes.items():
+    for name, value in dict(image_height=height, image_width=width, patch_size=patch_size, in_channels=in_channels,
+                            num_classes=num_classes, dim=dim, depth=depth, heads=heads).items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive whole number")
     for name, value in dict(mlp_ratio=mlp_ratio, norm_eps=norm_eps, pe_std=pe_std).items():
@@ -304,8 +307,6 @@ def fold(model):
     if last is not None:
         folded.head.bias += folded.head.weight @ last.reshape(-1, last.shape[-1]).mean(dim=0)
         folded.last_pe = folded.pe_norm = folded.last_shift = folded.last_pos_embed = None
-    if not folded.add_input:
-        folded.pos_embed = None
     return folded.eval()
 
 
@@ -313,45 +314,32 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
     """PE table (1, prefix + h * w, D) -> (1, prefix + h' * w', D), bicubic with antialiasing.
 
     old_grid, new_grid: (h, w) in patches; if they are equal the table is unchanged. prefix: rows before the grid that
-    stay as they are (1 for a class token). Raises ValueError where old_grid is not the table's grid.
+    stay as they are (1 for a class token). old_grid=None: new_grid or a square, whichever has the table's number of
+    patches. Raises ValueError where neither has it, or both, and where old_grid has another.
     """
-    if not all(isinstance(grid, (tuple, list)) and len(grid) == 2 for grid in (old_grid, new_grid)):
-        raise ValueError(f"grids are (h, w) in patches, not {old_grid!r} and {new_grid!r}")
-    if pos_embed.shape[1] != prefix + math.prod(old_grid):
-        raise ValueError(f"a PE of {pos_embed.shape[1]} rows is not {prefix} + {old_grid[0]}x{old_grid[1]}: "
+    patches = pos_embed.shape[1] - prefix
+    side = math.isqrt(patches)
+    grids = {tuple(new_grid), (side, side)} if old_grid is None else {tuple(old_grid)}
+    fitting = [grid for grid in grids if math.prod(grid) == patches]
+    if len(fitting) != 1:
+        raise ValueError(f"a PE of {prefix} + {patches} rows fits {len(fitting)} of the grids {sorted(grids)}: "
                          "give old_grid, the (h, w) it was trained on")
-    if tuple(old_grid) == tuple(new_grid):
+    if tuple(new_grid) in fitting:
         return pos_embed
-    rows = pos_embed[:, prefix:].unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)  # (1, D, h, w)
-    dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32  # half precision would lose digits here
-    rows = F.interpolate(rows.to(dtype), size=tuple(new_grid), mode="bicubic", antialias=True).to(pos_embed.dtype)
+    rows = pos_embed[:, prefix:].unflatten(1, fitting[0]).permute(0, 3, 1, 2)  # (1, D, h, w)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a CPU does not resize half precision
+    rows = F.interpolate(rows, size=tuple(new_grid), mode="bicubic", antialias=True).to(pos_embed.dtype)
     return torch.cat([pos_embed[:, :prefix], rows.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def read_checkpoint(path):
     """-> what torch.save wrote there, plain values and tensors; runs no code from it. Raises OSError, ValueError."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values; DeiT and LaPE save one
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{path} cannot be loaded safely: it is damaged or holds more than tensors and plain values; "
-                         "if you trust it, save its state_dict() again by itself") from error
-
-
-def fit_pos_embed(table, new_grid, prefix, old_grid):
-    """-> a checkpoint's PE table on the model's grid; unchanged where only the caller can know the old grid."""
-    if old_grid is None:
-        rows = table.shape[1] - prefix
-        side = math.isqrt(max(rows, 0))
-        fits, square = rows == math.prod(new_grid), rows > 0 and side ** 2 == rows
-        if fits and square and new_grid != (side, side):
-            raise ValueError(f"the PE may be {side}x{side} or {new_grid[0]}x{new_grid[1]} patches: give old_grid")
-        if fits or not square:
-            return table
-        old_grid = side, side
-    return resize_pos_embed(table, old_grid, new_grid, prefix)
+    with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):  # DeiT and LaPE save one
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail in any way
+            raise ValueError(f"{path} cannot be loaded safely: it is damaged or holds more than tensors and plain "
+                             "values; if you trust it, save its state_dict() again by itself") from error
 
 
 def state_dict_of(checkpoint):
@@ -359,20 +347,21 @@ def state_dict_of(checkpoint):
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"load_weights takes a path or a state dict, not a {type(checkpoint).__name__}")
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        raise ValueError("no weights found: load_weights takes a path or a dict of tensors, also as the 'model' or "
+                         "'state_dict' of a checkpoint")
     return checkpoint
 
 
 def extend_plain(model, state):
     """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
-    if model.cls_token is not None or not model.add_input or getattr(state.get("pos_embed"), "ndim", 0) != 3:
+    if model.cls_token is not None or not model.add_input:
         raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
     plain = not any("pe_norm" in name for name in state)  # else a new norm at 0 would hide pos_0 from trained ones
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
            if name.startswith(("pe_norm", "last_shift")) or plain and "pe_norm" in name}
     state = new | state
-    if state.pop("cls_token", None) is not None:
+    if state.pop("cls_token", None) is not None and "pos_embed" in state:
         state["pos_embed"] = state["pos_embed"][:, 1:]
     return state
 
@@ -380,35 +369,27 @@ def extend_plain(model, state):
 def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=False):
     """Loads a checkpoint, a path or a state dict (DeiT's, timm's and LaPE's fit), into the model and returns the model.
 
-    A PE of another grid is resized; old_grid, (h, w) in patches, is needed where the checkpoint's grid is not square.
+    A PE of another grid is resized; old_grid, (h, w) in patches, is needed where it is neither square nor the model's.
     new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
     gap, pvg or mpvg: PE norms that are missing start at gamma = beta = 0, so that the model starts as `gap`; a class
-    token and its PE row are dropped. Raises ValueError with every missing, unexpected or misshapen key; loads nothing.
+    token and its PE row are dropped. Raises ValueError with all wrong names, or else all wrong shapes; loads nothing.
     """
-    state = state_dict_of(read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source)
-    state, own = extend_plain(model, state) if from_plain else dict(state), model.state_dict()
-    prefix = int("cls_token" in state)
-    for name in {"pos_embed", "last_pos_embed"} & own.keys() & state.keys():
-        table = state[name]
-        if isinstance(table, torch.Tensor) and table.ndim == 3 and prefix == (model.cls_token is not None):
-            state[name] = fit_pos_embed(table, model.grid, prefix, old_grid)
-    head = state.get("head.weight")
-    if new_head and (head is None or getattr(head, "shape", ())[:1] != own["head.weight"].shape[:1]):
-        state.update({name: own[name] for name in ("head.weight", "head.bias")})
-
-    hint = {"head.weight": " (new_head=True starts a new head)"}
-    if prefix == (model.cls_token is not None):
-        hint["pos_embed"] = " (if the file's grid is not square, name it: old_grid=(h, w))"
-    problems = [f"missing {name}" for name in own if name not in state]
-    for name, value in state.items():
-        if name not in own:
-            problems.append(f"unexpected {name}" + " (from_plain=True drops it)" * (name == "cls_token"))
-        elif not isinstance(value, torch.Tensor):
-            problems.append(f"{name} is not a tensor")
-        elif value.shape != own[name].shape:
-            problems.append(f"{name} is {tuple(value.shape)}, the model's {tuple(own[name].shape)}{hint.get(name, '')}")
-    if problems:
-        raise ValueError(f"these weights do not fit (another model, another method, or folded?): {'; '.join(problems)}")
+    checkpoint = read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
+    state, own = dict(state_dict_of(checkpoint)), model.state_dict()
+    if from_plain:
+        state = extend_plain(model, state)
+    if new_head and ("head.weight" not in state or len(state["head.weight"]) != len(own["head.weight"])):
+        state |= {name: own[name] for name in ("head.weight", "head.bias")}
+    misfits = [f"missing {name}" for name in own if name not in state]
+    misfits += [f"unexpected {name}" for name in state if name not in own]
+    if not misfits:
+        for name in {"pos_embed", "last_pos_embed"} & own.keys():
+            state[name] = resize_pos_embed(state[name], old_grid, model.grid, prefix=int(model.cls_token is not None))
+        misfits = [f"{name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
+                   for name, value in own.items() if state[name].shape != value.shape]
+    if misfits:
+        raise ValueError("these weights do not fit (another model, another method, or folded? see also new_head and "
+                         f"from_plain): {'; '.join(misfits)}")
     model.load_state_dict(state)
     return model
 
