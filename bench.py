@@ -17,7 +17,6 @@ import platform
 import random
 import textwrap
 import time
-from collections import Counter
 from importlib import metadata, util
 from pathlib import Path
 from statistics import median
@@ -26,11 +25,10 @@ from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silence the profiler
+os.environ.setdefault("TORCHINDUCTOR_CUDAGRAPH_OR_ERROR", "1")  # with GRAPH_MODES, never time without CUDA graphs
 
 import torch
 import typer
-from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -74,29 +72,22 @@ def build_peer(package, gap, image_size, patch_size, num_classes, dim, depth, he
         num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=mlp_dim, attn_implementation="sdpa"))
 
 
-def compiler_events():
-    return Counter({"compiled graphs": counters["stats"]["unique_graphs"], "skipped CUDA graphs":
-                    counters["inductor"]["cudagraph_skips"], "graph breaks": counters["graph_break"].total()})
-
-
 class Contestant:
     def __init__(self, name, call, pool="", work=0):
         self.name, self.call, self.pool = name, call, pool
         self.work = work                                             # of a limit: operations or bytes per call
         self.repeat = 1                                              # calls per timing
         self.seconds = []                                            # per call, round by round
-        self.facts, self.events = {}, Counter()                      # memory and others; what torch.compile did
+        self.facts = {}                                              # memory and others
 
     def time(self, device):
         synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda device: None
         synchronize(device)                                          # earlier work on the device is not timed
-        before, start = compiler_events(), time.perf_counter()
+        start = time.perf_counter()
         for _ in range(self.repeat):
             self.call()
         synchronize(device)
-        seconds = (time.perf_counter() - start) / self.repeat
-        self.events += compiler_events() - before
-        return seconds
+        return (time.perf_counter() - start) / self.repeat
 
     def warm_up(self, device):
         seconds = min(self.time(device) for _ in range(2))           # the first may record a CUDA graph
@@ -126,7 +117,7 @@ def make_contestant(name, table, batches, setup):
     if compiled:
         # torch.compile keeps graphs by code object: with a copy of its own, no contestant checks another's guards.
         forward.__code__ = forward.__code__.replace(co_name=name)
-        forward = torch.compile(forward, fullgraph=name not in PEERS, dynamic=False, mode=setup.mode)
+        forward = torch.compile(forward, fullgraph=True, dynamic=False, mode=setup.mode)
     train_step = make_train_step(forward, optimizer, label_smoothing=0.1, precision=setup.precision)
     batches = itertools.cycle(batches)                               # in turn, so that no cache holds them
 
@@ -181,20 +172,14 @@ def run_table(table, names, setup):
             notes.append(f"{problem} (left out)")
     for limit in limits:
         limit.warm_up(device)
-    shuffle = random.Random(0)
-    for _ in tqdm(range(setup.rounds), f"{table}: timing", leave=False, disable=None):
-        for limit in limits:
-            limit.seconds.append(limit.time(device))
-        order = shuffle.sample(contestants, len(contestants))
-        order[-1].time(device)                                       # not recorded: the first must not follow a limit
-        for one in order:
-            one.seconds.append(one.time(device))
-    for one in contestants:
-        if one.events != Counter({"compiled graphs": int(table.endswith("compiled"))}):  # broken, or compiled again
-            found = ", ".join(f"{count} {what}" for what, count in one.events.items()) or "no compiled graph"
-            if one.name not in PEERS:
-                raise SystemExit(f"error: {table}: {one.name} does not run as one whole graph: torch counts {found}")
-            notes.append(f"{one.name} does not run as one whole graph: torch counts {found}")
+    with torch.compiler.set_stance("fail_on_recompile"):             # compilation is never part of a timing
+        for _ in tqdm(range(setup.rounds), f"{table}: timing", leave=False, disable=None):
+            for limit in limits:
+                limit.seconds.append(limit.time(device))
+            order = random.sample(contestants, len(contestants))
+            order[-1].time(device)                                   # not recorded: the first must not follow a limit
+            for one in order:
+                one.seconds.append(one.time(device))
     return summarise(contestants, limits, notes, training, setup)
 
 
@@ -214,7 +199,7 @@ def count_work(sizes, pool, training, batch, itemsize):
     Bytes, with all else fused into the matrix products: each weight and pixel once, and per token and block what
     each product reads and writes, in units of D. Training moves three times as much, and AdamW 7 values per weight.
     """
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # there attention is matrix products
         model = ViT(**{**sizes, **METHODS[PLAIN[pool]]})
         images = torch.empty(batch, 3, sizes["image_size"], sizes["image_size"])
         model(images).sum().backward() if training else model(images)
@@ -261,7 +246,7 @@ def as_text(table, result):
         memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2 ** 20:.0f}"
         compiled = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f}"
         lines.append(f"{row['name']:<17} {plain:<17} {best:<17} {row['share_of_peak']:>4.0%} "
-                     f"{row['share_of_roofline']:>4.0%} {row['images_per_second']:>8,.1f} {ms:<16} {memory:>5} "
+                     f"{row['share_of_roofline']:>4.0%} {row['images_per_second']:>8.1f} {ms:<16} {memory:>5} "
                      f"{compiled:>4}")
     return "\n".join(lines + [f"  {note}" for note in result["notes"]])
 
