@@ -25,7 +25,7 @@ from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silence the profiler
-os.environ.setdefault("TORCHINDUCTOR_CUDAGRAPH_OR_ERROR", "1")  # with GRAPH_MODES, never time without CUDA graphs
+os.environ.setdefault("TORCHINDUCTOR_CUDAGRAPH_OR_ERROR", "1")  # torch raises where it skips them
 
 import torch
 import typer
@@ -111,6 +111,8 @@ def make_contestant(name, table, batches, setup):
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, decay_pe=False), fused=True) if training else None
 
     def forward(images):
+        if compiled and not torch.compiler.is_compiling():
+            raise RuntimeError("torch.compile is switched off")
         output = model(images)
         return getattr(output, "logits", output)                     # transformers wraps them
 

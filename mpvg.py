@@ -322,8 +322,8 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
     grids = {tuple(new_grid), (side, side)} if old_grid is None else {tuple(old_grid)}
     fitting = [grid for grid in grids if math.prod(grid) == patches]
     if len(fitting) != 1:
-        raise ValueError(f"a PE of {prefix} + {patches} rows fits {len(fitting)} of the grids {sorted(grids)}: "
-                         "give old_grid, the (h, w) it was trained on")
+        raise ValueError(f"a PE of {patches} rows and {prefix} before them fits {len(fitting)} of the grids "
+                         f"{sorted(grids)}: give load_weights its own grid, old_grid=(h, w)")
     if tuple(new_grid) in fitting:
         return pos_embed
     rows = pos_embed[:, prefix:].unflatten(1, fitting[0]).permute(0, 3, 1, 2)  # (1, D, h, w)
@@ -348,7 +348,7 @@ def state_dict_of(checkpoint):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
     if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        raise ValueError("no weights found: load_weights takes a path or a dict of tensors, also as the 'model' or "
+        raise ValueError("load_weights takes a path or a dict of nothing but tensors, also as the 'model' or "
                          "'state_dict' of a checkpoint")
     return checkpoint
 
@@ -372,7 +372,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
     A PE of another grid is resized; old_grid, (h, w) in patches, is needed where it is neither square nor the model's.
     new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
     gap, pvg or mpvg: PE norms that are missing start at gamma = beta = 0, so that the model starts as `gap`; a class
-    token and its PE row are dropped. Raises ValueError with all wrong names, or else all wrong shapes; loads nothing.
+    token and its PE row are dropped. Raises ValueError and loads nothing where names, the PE's grid or shapes differ.
     """
     checkpoint = read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
     state, own = dict(state_dict_of(checkpoint)), model.state_dict()
@@ -388,8 +388,8 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
         misfits = [f"{name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
                    for name, value in own.items() if state[name].shape != value.shape]
     if misfits:
-        raise ValueError("these weights do not fit (another model, another method, or folded? see also new_head and "
-                         f"from_plain): {'; '.join(misfits)}")
+        raise ValueError("these weights do not fit (another model, another method, or folded? see load_weights' "
+                         f"new_head and from_plain): {'; '.join(misfits)}")
     model.load_state_dict(state)
     return model
 

@@ -427,7 +427,8 @@ def test_resize_pos_embed():
     for dtype in (torch.float64, torch.bfloat16):
         assert resize_pos_embed(table.to(dtype), (4, 4), (2, 2), prefix=1).dtype == dtype
     for old_grid, grids in (((4, 4), "[(4, 4)]"), (None, "[(2, 2), (4, 4)]")):
-        with pytest.raises(ValueError, match=re.escape(f"a PE of 0 + 17 rows fits 0 of the grids {grids}: give")):
+        says = re.escape(f"a PE of 17 rows and 0 before them fits 0 of the grids {grids}: give load_weights its own")
+        with pytest.raises(ValueError, match=says):
             resize_pos_embed(table, old_grid, (2, 2))
 
 
@@ -443,7 +444,7 @@ def test_load_weights_from_files(tmp_path):
         torch.testing.assert_close(target(images()), source(images()))
     torch.save([1, 2], path)
     for wrong in (path, None, source, {"model": source}, {"epoch": 3}, state | {"pos_embed": np.zeros((1, 6, 16))}):
-        with pytest.raises(ValueError, match="no weights found: load_weights takes a path or a dict of tensors"):
+        with pytest.raises(ValueError, match="load_weights takes a path or a dict of nothing but tensors"):
             load_weights(source, wrong)
     torch.save(state, path)
     whole = path.read_bytes()
@@ -475,7 +476,7 @@ def test_load_weights_names_every_misfit_and_loads_nothing():
     for wrong, says in (
             (state | {"surplus": torch.zeros(1)}, "missing pos_embed; missing norm.weight; unexpected surplus"),
             (misshapen, "norm.bias is (3,), the model's (16,); pe_norm.bias is (1,), the model's (16,)")):
-        with pytest.raises(ValueError, match=re.escape(f"see also new_head and from_plain): {says}") + "$"):
+        with pytest.raises(ValueError, match=re.escape(f"see load_weights' new_head and from_plain): {says}") + "$"):
             load_weights(model, wrong)
     assert torch.equal(model(images()), logits)
     with pytest.raises(ValueError, match=r"new_head.*: head.weight is \(5, 16\), the model's \(9, 16\); head.bias"):
@@ -489,7 +490,7 @@ def test_load_weights_names_every_misfit_and_loads_nothing():
 def test_load_weights_resizes_the_pe(method, old, new, untold):
     source = tiny(method, image_size=(4 * old[0], 4 * old[1])).state_dict()
     model = tiny(method, seed=5, image_size=(4 * new[0], 4 * new[1]))
-    with pytest.raises(ValueError, match="give old_grid"):
+    with pytest.raises(ValueError, match="give load_weights its own grid"):
         load_weights(model, source, old_grid=(3, 3))
     if untold:
         with pytest.raises(ValueError, match=untold):
@@ -858,6 +859,17 @@ def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
     assert sorted(image.numpy().tobytes() for image in shares) == sorted(image.numpy().tobytes() for image in whole)
 
 
+def test_each_process_erases_with_noise_of_its_own():
+    recipe = dataclasses.replace(CIFAR, batch_size=12, erase=1.0, mixup=0.0, cutmix=0.0, ra_ops=0)
+    config = dict(data="cifar100", image_size=32, num_classes=100, seed=3)
+    data = train.ArrayData(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12))
+    images = [next(train.train_batches(data, recipe, config, 2, rank, 3))[0] for rank in range(3)]
+    _, (seed,) = train.epoch_order(recipe, 12, 3, epoch=2)                      # crops and boxes are drawn with it
+    images.append(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
+    for a, b in itertools.combinations([set(image.flatten().tolist()) for image in images], 2):
+        assert len(a & b) < 10                                                  # three of them are the blank image's
+
+
 def test_repeated_augmentation_and_partners():
     for repeats, pattern in ((1, [0, 1, 2, 3, 4, 5]), (2, [0, 1, 0, 1, 2, 3]), (3, [0, 1, 0, 1, 0, 1])):
         recipe = dataclasses.replace(CIFAR, batch_size=22, repeats=repeats)
@@ -1218,7 +1230,8 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     config = saved["config"]
     for contents in (
             saved["model"], saved | dict(config={key: config[key] for key in config if key != "flip"}),
-            saved | dict(config=config | dict(method="lape"))):
+            saved | dict(config=config | dict(method="lape")), saved | dict(log=[]),
+            saved | dict(optimizer=saved["optimizer"] | dict(state={}))):
         torch.save(contents, path)
         one_line(evaluation(folder), says)
     path.write_bytes(path.read_bytes()[:5000])
@@ -1555,6 +1568,17 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "figures").iterdir())
 
 
+def test_figures_of_three_variants_of_a_method(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path: drawn.extend(figure.legends))
+    for block in (2, 4, 6):
+        write_run(tmp_path / f"block{block}", [1.0, 2.0], overrides={"last_pe": block})
+    ok(report(tmp_path, *tmp_path.glob("block*"), draw=True))
+    names = [[text.get_text() for text in legend.get_texts()] for legend in drawn]
+    assert names == [[f"mpvg-last_pe={block}" for block in (2, 4, 6)]]          # of the curves
+
+
 def test_report_of_two_settings(cli, trained, tmp_path):
     """A setting lists what differs from the recipe; a short run's warm-up by the step does not."""
     ok(cli("--pe", "none", "--pool", "gap", "--epochs", 1, "--recipe", "lr_per=epoch,mixup=0.5", "--name", "run"))
@@ -1578,13 +1602,22 @@ def sweep(*flags):
 
 
 def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
-    asked, loaded, both = [], [], threading.Barrier(2)
+    asked, threads, loaded, both = [], set(), [], threading.Barrier(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setitem(train.DATASETS, "numbers", dataclasses.replace(
         train.DATASETS["numbers"], load=lambda root, train: loaded.append(root)))
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command[-3:-1]) or SimpleNamespace(
-        returncode=1 + both.wait(20)))                                          # both fail, when two are under way
+
+    def run(command, env, **_):
+        asked.append(command[-3:-1])
+        threads.add(env["OMP_NUM_THREADS"])
+        both.wait(20)                                                           # until two are under way
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(subprocess, "run", run)
     result = sweep("--methods", "gap, mpvg", "--seeds", 2, "--jobs", 2, "--runs", tmp_path, "--data-dir", "here")
-    assert "4 of 4 runs failed" in result.err and [*map(str, loaded)] == ["here"]           # downloaded once, before
+    assert "4 of 4 runs failed" in result.err and threads == {"4"}              # two runs share the cores
+    assert [*map(str, loaded)] == ["here"]                                      # downloaded once, before
     order = [[f"--method={method}", f"--seed={seed}"] for seed in (0, 1) for method in ("gap", "mpvg")]
     assert sorted(asked[:2]) == order[:2] and sorted(asked[2:]) == order[2:]    # whole seeds first
 
@@ -1867,6 +1900,8 @@ def test_a_peer_with_a_broken_graph_is_left_out_and_no_timing_contains_compilati
     scale[0], forward, warm_up = 1, ViT.forward, bench.Contestant.warm_up
     monkeypatch.setattr(ViT, "forward", lambda model, x: forward(model, x) * scale[0])
     one_line(small_run(*flags, "none"), "error: Detected recompile")
+    with torch.compiler.set_stance("force_eager"):
+        one_line(small_run(*flags, "none"), "inference-compiled: default failed: torch.compile is switched off")
     limit.call = lambda: None
     monkeypatch.setattr(bench.Contestant, "warm_up", lambda *args: scale.__setitem__(0, 3) or warm_up(*args))
     ok(small_run(*flags, "none"))                                               # compiled again, but before the timings

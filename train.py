@@ -565,7 +565,8 @@ def parameter_groups(model, weight_decay, decay_pe):
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         pe_or_cls = name in ("pos_embed", "last_pos_embed", "cls_token")
-        groups[parameter.ndim > 1 and (decay_pe or not pe_or_cls)].append(parameter)
+        if parameter.requires_grad:
+            groups[parameter.ndim > 1 and (decay_pe or not pe_or_cls)].append(parameter)
     return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
 
 
@@ -761,6 +762,8 @@ def load_checkpoint(path):
         checkpoint = read_checkpoint(path)
         setting(checkpoint["config"])                                # fails where a value is missing
         model = load_weights(build_model(checkpoint["config"]), checkpoint["model"])
+        if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
+            raise ValueError("it holds no finished epoch")
     except OSError as error:
         raise SystemExit(f"error: {path} cannot be read ({error.strerror})") from None
     except Exception as error:                                       # an altered file can be wrong in any way
@@ -1122,10 +1125,10 @@ def sweep(
             typer.echo(f"\n--- {folder.name}")
             code = subprocess.run(command).returncode
         else:
-            threads = str(max(1, torch.get_num_threads() // jobs))     # the runs share the cores
+            threads = str(max(1, torch.get_num_threads() // jobs))   # the runs share the cores
             with open(f"{folder}.txt", "a") as output:
                 code = subprocess.run(command, stdout=output, stderr=output,
-                                      env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
+                                      env=os.environ | {"OMP_NUM_THREADS": threads}).returncode
             typer.echo(f"{'failed, see' if code else 'finished'} {folder}.txt")
         return None if code else read_run(folder)
 
@@ -1549,7 +1552,7 @@ def plot_lines(path, panels, methods):
             for values_of, style in zip(lines, (dash, ":")):
                 values = np.array([values_of(run) for run in seeds.values()], float)  # None: nan
                 middle = values.mean(0)
-                ax.plot(middle, style, marker="." if len(middle) < 20 else "", color=color,
+                ax.plot(middle, linestyle=style, marker="." if len(middle) < 20 else "", color=color,
                         label="" if style == ":" or np.isnan(middle).all() else label)
                 ax.fill_between(range(len(middle)), values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
         ax.grid(visible=True, alpha=0.3)
@@ -1563,7 +1566,9 @@ def plot_lines(path, panels, methods):
         if path.stem == "correlation":                               # the paper's Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    handles, names = ax.get_legend_handles_labels()
+    if names:                                                        # correlations: only of methods with such a PE
+        figure.legend(handles, names, loc="outside right upper", handlelength=4)
     figure.savefig(path)
 
 
