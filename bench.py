@@ -25,7 +25,7 @@ from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silence the profiler
-os.environ.setdefault("TORCHINDUCTOR_CUDAGRAPH_OR_ERROR", "1")  # torch raises where it skips them
+os.environ.setdefault("TORCHINDUCTOR_CUDAGRAPH_OR_ERROR", "1")  # torch raises where it would skip them
 
 import torch
 import typer

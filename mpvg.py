@@ -149,7 +149,7 @@ class ViT(nn.Module):
         self.add_input = add_input and pe != "none"
         patches, tokens = math.prod(self.grid), math.prod(self.grid) + (pool == "cls")
 
-        # Parameters have the names of DeiT and timm (so patch_embed.proj), PE norms those of LaPE.
+        # Parameter names are those of DeiT and timm (hence patch_embed.proj), and LaPE's pe_norm.
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         if pe_init == "sincos" and pe != "none":  # the class token has no place on the grid: a row of zeros
@@ -213,7 +213,7 @@ class ViT(nn.Module):
         last = self.last_norm_pe(delivered)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, D, h, w) -> (B, N, D), row by row
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # from here on N counts it, too
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # from here on, N includes it
         if self.add_input:
             x = x + self.pos_embed
         # Under GAP x still has the convolution's memory layout (slow) and, where pos_0 is not added, autocast's bf16.
@@ -322,8 +322,8 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
     grids = {tuple(new_grid), (side, side)} if old_grid is None else {tuple(old_grid)}
     fitting = [grid for grid in grids if math.prod(grid) == patches]
     if len(fitting) != 1:
-        raise ValueError(f"a PE of {patches} rows and {prefix} before them fits {len(fitting)} of the grids "
-                         f"{sorted(grids)}: give load_weights its own grid, old_grid=(h, w)")
+        raise ValueError(f"a PE of {patches} patches (class tokens: {prefix}) fits {len(fitting)} of the grids "
+                         f"{sorted(grids)}: load_weights needs old_grid, the (h, w) that it was trained on")
     if tuple(new_grid) in fitting:
         return pos_embed
     rows = pos_embed[:, prefix:].unflatten(1, fitting[0]).permute(0, 3, 1, 2)  # (1, D, h, w)
@@ -348,8 +348,8 @@ def state_dict_of(checkpoint):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
     if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        raise ValueError("load_weights takes a path or a dict of nothing but tensors, also as the 'model' or "
-                         "'state_dict' of a checkpoint")
+        raise ValueError("load_weights takes a path or a dict that holds only tensors, which may be the "
+                         "'model' or 'state_dict' of a checkpoint")
     return checkpoint
 
 
@@ -384,7 +384,8 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
     misfits += [f"unexpected {name}" for name in state if name not in own]
     if not misfits:
         for name in {"pos_embed", "last_pos_embed"} & own.keys():
-            state[name] = resize_pos_embed(state[name], old_grid, model.grid, prefix=int(model.cls_token is not None))
+            if state[name].ndim == 3:
+                state[name] = resize_pos_embed(state[name], old_grid, model.grid, int(model.cls_token is not None))
         misfits = [f"{name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
                    for name, value in own.items() if state[name].shape != value.shape]
     if misfits:

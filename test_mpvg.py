@@ -236,7 +236,7 @@ vit-lite-mini  542,404     542,212     543,748     543,364     543,556
 
 
 def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch):
-    """It needs only torch. Two of the paper's 16 counts have another last digit: results/fidelity.md."""
+    """It needs only torch. Two of the paper's 16 counts differ in the last digit: results/fidelity.md."""
     for name in ("train", "bench", "torchvision", "PIL", "typer"):
         monkeypatch.setitem(sys.modules, name, None)                            # as if it were not there
     with contextlib.redirect_stdout(out := io.StringIO()):
@@ -427,7 +427,7 @@ def test_resize_pos_embed():
     for dtype in (torch.float64, torch.bfloat16):
         assert resize_pos_embed(table.to(dtype), (4, 4), (2, 2), prefix=1).dtype == dtype
     for old_grid, grids in (((4, 4), "[(4, 4)]"), (None, "[(2, 2), (4, 4)]")):
-        says = re.escape(f"a PE of 17 rows and 0 before them fits 0 of the grids {grids}: give load_weights its own")
+        says = re.escape(f"a PE of 17 patches (class tokens: 0) fits 0 of the grids {grids}: load_weights needs")
         with pytest.raises(ValueError, match=says):
             resize_pos_embed(table, old_grid, (2, 2))
 
@@ -444,7 +444,7 @@ def test_load_weights_from_files(tmp_path):
         torch.testing.assert_close(target(images()), source(images()))
     torch.save([1, 2], path)
     for wrong in (path, None, source, {"model": source}, {"epoch": 3}, state | {"pos_embed": np.zeros((1, 6, 16))}):
-        with pytest.raises(ValueError, match="load_weights takes a path or a dict of nothing but tensors"):
+        with pytest.raises(ValueError, match="load_weights takes a path or a dict that holds only tensors"):
             load_weights(source, wrong)
     torch.save(state, path)
     whole = path.read_bytes()
@@ -471,11 +471,11 @@ def test_load_weights_runs_no_code(tmp_path, capsys):
 def test_load_weights_names_every_misfit_and_loads_nothing():
     model, state = tiny("mpvg"), tiny("mpvg", seed=3).state_dict()
     logits = model(images())
-    misshapen = state | {"norm.bias": torch.zeros(3), "pe_norm.bias": torch.zeros(1)}
+    misshapen = state | {"pos_embed": torch.zeros(16), "norm.bias": torch.zeros(3)}
     del state["norm.weight"], state["pos_embed"]
     for wrong, says in (
             (state | {"surplus": torch.zeros(1)}, "missing pos_embed; missing norm.weight; unexpected surplus"),
-            (misshapen, "norm.bias is (3,), the model's (16,); pe_norm.bias is (1,), the model's (16,)")):
+            (misshapen, "pos_embed is (16,), the model's (1, 6, 16); norm.bias is (3,), the model's (16,)")):
         with pytest.raises(ValueError, match=re.escape(f"see load_weights' new_head and from_plain): {says}") + "$"):
             load_weights(model, wrong)
     assert torch.equal(model(images()), logits)
@@ -490,7 +490,7 @@ def test_load_weights_names_every_misfit_and_loads_nothing():
 def test_load_weights_resizes_the_pe(method, old, new, untold):
     source = tiny(method, image_size=(4 * old[0], 4 * old[1])).state_dict()
     model = tiny(method, seed=5, image_size=(4 * new[0], 4 * new[1]))
-    with pytest.raises(ValueError, match="give load_weights its own grid"):
+    with pytest.raises(ValueError, match="load_weights needs old_grid, the"):
         load_weights(model, source, old_grid=(3, 3))
     if untold:
         with pytest.raises(ValueError, match=untold):

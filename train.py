@@ -541,7 +541,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # far from all others; a CPU takes 32 bits of it
+        noise_seed = seed + 2**31 + rank                             # a stream of its own, also in a CPU's 32 bits
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -1567,7 +1567,7 @@ def plot_lines(path, panels, methods):
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
             ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
     handles, names = ax.get_legend_handles_labels()
-    if names:                                                        # correlations: only of methods with such a PE
+    if names:                                                        # none where no method has a layer-wise PE
         figure.legend(handles, names, loc="outside right upper", handlelength=4)
     figure.savefig(path)
 
