@@ -100,21 +100,6 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def parse_assignments(option, text, separator, names):
-    """Text of an option, such as mixup=0,lr_per=step -> {"mixup": 0, "lr_per": "step"}. Refuses an unknown name."""
-    values = {}
-    for item in filter(None, (text or "").split(separator)):
-        name, equals, word = item.strip().partition("=")
-        if name not in names or not equals:
-            refuse(option, f"{item!r} is not NAME=VALUE; NAME is one of {', '.join(names)}")
-        word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
-        try:
-            values[name] = json.loads(word)
-        except ValueError:
-            values[name] = word
-    return values
-
-
 # ---------------------------------------------------------------------------------------------------------------- data
 
 def numbers(count, seed):
@@ -192,6 +177,13 @@ DATASETS = {
 }
 
 
+def to_device(tensor, device):
+    """A copy that does not make the host wait for a GPU."""
+    if device.type == "cuda":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class ArrayData:
     """Images in memory, uint8 (N, 3, H, W), and labels (N,), on the device where they are augmented."""
 
@@ -233,7 +225,7 @@ def warn(path, reason):
 class FolderData(Dataset):
     """Image files, (path, label) each, that worker processes decode and crop.
 
-    unreadable: how many files could not be decoded in the last epoch.
+    unreadable: how many crops of the last epoch met a file that could not be decoded.
     crop_scale: least area of a random resized crop; None for testing: the short side is resized to size / crop_ratio
     and the centre cropped. A crop depends on its seed only, not on the process that makes it.
     """
@@ -251,8 +243,8 @@ class FolderData(Dataset):
         A training image that cannot be decoded is replaced by the next one. A test image is not: raises OSError.
         """
         index, seed = index_and_seed
-        for unreadable in range(20):
-            path, label = self.samples[(index + unreadable) % len(self.samples)]
+        for skipped in range(20):
+            path, label = self.samples[(index + skipped) % len(self.samples)]
             try:
                 image = decode(path)
             except Exception as error:                               # a damaged file can fail in any way
@@ -261,7 +253,7 @@ class FolderData(Dataset):
                     raise OSError(f"test image {path} cannot be decoded ({reason}): replace the file") from None
                 warn(path, reason)
             else:
-                return self.crop(image, seed), label, unreadable
+                return self.crop(image, seed), label, skipped
         raise OSError(f"{path} and the 19 files before it cannot be decoded: is the disk mounted?")
 
     def crop(self, image, seed):
@@ -278,7 +270,7 @@ class FolderData(Dataset):
     def read_batches(self, plan):
         """Yields uint8 images (B, 3, size, size) and labels (B,) for each list of (index, seed) in the plan."""
         loader = DataLoader(self, batch_sampler=plan, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                            generator=torch.Generator())             # dropout uses the global one
+                            generator=torch.Generator())             # not the global one, which dropout uses
         self.unreadable = 0
         for images, labels, unreadable in loader:
             self.unreadable += int(unreadable.sum())
@@ -286,6 +278,7 @@ class FolderData(Dataset):
 
     def chunks(self, order, seeds, columns):
         """See ArrayData.chunks. A chunk is one step."""
+        # A crop's seed: its step's seed + 1 + its place in the whole batch, whichever process makes it.
         plan = [[(index, seed + 1 + columns.start + place) for place, index in enumerate(row[columns].tolist())]
                 for row, seed in zip(order, seeds)]
         for (images, labels), seed in zip(self.read_batches(plan), seeds):
@@ -309,44 +302,41 @@ def count_classes(root):
     return len(train)
 
 
+def choose_rows(labels, fraction, seed):
+    """-> the indices of this fraction of each class's images, drawn by seed; 1: of all images, in order."""
+    if fraction == 1:
+        return torch.arange(len(labels))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = [order[labels[order] == label] for label in labels.unique()]
+    return torch.cat([members[:max(1, round(fraction * len(members)))] for members in by_class])
+
+
 def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
     """-> ArrayData or FolderData of "train" or "test". "train" has config["fraction"] of each class, chosen by seed."""
     dataset, train = DATASETS[config["data"]], split == "train"
-    if dataset.load:
-        images, labels = dataset.load(root, train)
-    else:
-        path = root / ("train" if train else "val")
-        if not path.is_dir():
-            raise SystemExit(f"error: {path} does not exist: set --data-dir to the folder that holds train/ and val/")
-        folder = ImageFolder(path)
-        if len(folder.classes) != config["num_classes"]:
-            raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
-                             f"{config['num_classes']}: set --data-dir to the folder it was trained on")
-        samples, labels = folder.samples, torch.tensor(folder.targets)
-    rows = torch.arange(len(labels))
-    if train and config["fraction"] < 1:
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config["seed"]))
-        by_class = [order[labels[order] == label] for label in labels.unique()]
-        rows = torch.cat([members[:max(1, round(config["fraction"] * len(members)))] for members in by_class])
+    fraction = config["fraction"] if train else 1
     augment_on = device if device.type == "cuda" else torch.device("cpu")
     if dataset.load:
+        images, labels = dataset.load(root, train)
+        rows = choose_rows(labels, fraction, config["seed"])
         return ArrayData(images[rows], labels[rows], augment_on)
+    path = root / ("train" if train else "val")
+    if not path.is_dir():
+        raise SystemExit(f"error: {path} does not exist: set --data-dir to the folder that holds train/ and val/")
+    folder = ImageFolder(path)
+    if len(folder.classes) != config["num_classes"]:
+        raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
+                         f"{config['num_classes']}: set --data-dir to the folder it was trained on")
+    rows = choose_rows(torch.tensor(folder.targets), fraction, config["seed"])
     if workers is None:                                              # none on a CPU, which is busy training
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 0 if device.type == "cpu" else min(cores, 16)
-    return FolderData([samples[row] for row in rows.tolist()], config["image_size"], augment_on, workers,
+    return FolderData([folder.samples[row] for row in rows.tolist()], config["image_size"], augment_on, workers,
                       config["crop_scale"] if train else None, config["bicubic"], crop_ratio)
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
 # Pillow's arithmetic for batches of uint8 images (B, 3, H, W); each image has its own parameters, tensors (B,).
-
-def to_device(tensor, device):
-    """A copy that does not make the host wait for a GPU."""
-    if device.type == "cuda":
-        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
 
 def interpolate(x, grid, bicubic):
     """x at grid (B, H, W, 2), places (u, v) from -1 to 1. bicubic (B,): True, or False for bilinear interpolation."""
@@ -408,12 +398,13 @@ def draw_boxes(count, side, area, max_ratio, whole):
     side: of the images; area: least and greatest share of the image, uniform; max_ratio: of a box's sides, log-uniform,
     either may be longer; whole: may a box be as long as the image.
     """
-    u = torch.rand(4, 10, count)
-    size, ratio = side * side * (area[0] + (area[1] - area[0]) * u[0]), max_ratio ** (2 * u[1] - 1)
+    u_area, u_ratio, u_top, u_left = torch.rand(4, 10, count)
+    size, ratio = side * side * (area[0] + (area[1] - area[0]) * u_area), max_ratio ** (2 * u_ratio - 1)
     h, w = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
     fits = torch.maximum(h, w) < side + whole
-    boxes = torch.stack([((side - h + 1) * u[2]).floor(), ((side - w + 1) * u[3]).floor(), h, w], dim=-1)
-    return (boxes * fits[..., None])[fits.int().argmax(0), torch.arange(count)]
+    boxes = torch.stack([((side - h + 1) * u_top).floor(), ((side - w + 1) * u_left).floor(), h, w], dim=-1)
+    first = fits.int().argmax(0)                                     # 0 where none fits: zeros
+    return (boxes * fits[..., None])[first, torch.arange(count)]
 
 
 def box_mask(box, side):
@@ -427,23 +418,24 @@ def box_mask(box, side):
 def draw_augmentation(count, side, recipe):
     """-> what happens to each of `count` images, a dict of tensors on the CPU: the same for every device."""
     crop = draw_boxes(count, side, (recipe.crop_scale, 1.0), 4 / 3, whole=True)
-    crop[crop[:, 2] == 0] = torch.tensor([0.0, 0.0, side, side])
-    shape, bicubic = (count, recipe.ra_ops), recipe.bicubic
-    return dict(
-        crop=crop, crop_bicubic=torch.rand(count) < bicubic, flip=torch.rand(count) < recipe.flip,
-        operation=torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1),  # -1: not applied
-        magnitude=(recipe.ra_magnitude + 0.5 * torch.randn(shape)).clamp(0, 10)
-        * torch.where(torch.rand(shape) < 0.5, -1.0, 1.0),
-        bicubic=torch.rand(shape) < bicubic,
-        erase=draw_boxes(count, side, (0.02, 1 / 3), 1 / 0.3, whole=False)
-        * (torch.rand(count, 1) < recipe.erase))
+    crop[crop[:, 2] == 0] = torch.tensor([0.0, 0.0, side, side])     # none of the ten fits: the whole image
+    crop_bicubic, flip = torch.rand(count) < recipe.bicubic, torch.rand(count) < recipe.flip
+    shape = count, recipe.ra_ops
+    operation = torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1)  # -1: not applied
+    magnitude = (recipe.ra_magnitude + 0.5 * torch.randn(shape)).clamp(0, 10)
+    magnitude *= torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)
+    bicubic = torch.rand(shape) < recipe.bicubic
+    erase = draw_boxes(count, side, (0.02, 1 / 3), 1 / 0.3, whole=False) * (torch.rand(count, 1) < recipe.erase)
+    return dict(crop=crop, crop_bicubic=crop_bicubic, flip=flip, operation=operation, magnitude=magnitude,
+                bicubic=bicubic, erase=erase)
 
 
 def draw_mixing(steps, side, recipe):
     """-> (steps, side, side): how much of its own pixels an image keeps: mixup's lambda, or 0 in CutMix's box."""
     mixup, cutmix = recipe.mixup, recipe.cutmix
-    cut = torch.rand(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))
-    lam = torch.where(cut, *(torch.distributions.Beta(a or 1.0, a or 1.0).sample((steps,)) for a in (cutmix, mixup)))
+    cut = torch.rand(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))  # which steps take CutMix
+    lam_cut, lam_mix = (torch.distributions.Beta(a or 1.0, a or 1.0).sample((steps,)) for a in (cutmix, mixup))
+    lam = torch.where(cut, lam_cut, lam_mix)
     half = (side * (1 - lam).sqrt()[:, None]).floor() // 2           # an odd side loses a pixel, as in timm
     middle = (torch.rand(steps, 2) * side).floor()
     low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=side)
@@ -456,12 +448,12 @@ def augment(x, draws, recipe, fill):
     if recipe.crop_scale < 1:
         x = crop_boxes(x, to_device(draws["crop"], x.device), to_device(draws["crop_bicubic"], x.device))
     x = torch.where(to_device(draws["flip"], x.device).view(-1, 1, 1, 1), x.flip(3), x)
-    for layer, operation in enumerate(draws["operation"].T):         # (B,): each image's operation, by number
-        m, bicubic = (to_device(draws[name][:, layer], x.device) for name in ("magnitude", "bicubic"))
-        for number, apply in enumerate(OPERATIONS.values()):         # each operation once, on all of its images
-            rows = to_device((operation == number).nonzero()[:, 0], x.device)
+    for turn, chosen in enumerate(draws["operation"].T):             # chosen (B,): each image's operation, by number
+        m, bicubic = (to_device(draws[name][:, turn], x.device) for name in ("magnitude", "bicubic"))
+        for number, operation in enumerate(OPERATIONS.values()):     # each operation once, on all of its images
+            rows = to_device((chosen == number).nonzero()[:, 0], x.device)
             if len(rows):
-                x[rows] = apply(x[rows], m[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
+                x[rows] = operation(x[rows], m[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
     return x
 
 
@@ -482,14 +474,15 @@ def erase_boxes(x, box, seed):
 
 
 def mix(x, keep):
-    """Mixup, or CutMix: keep * x + (1 - keep) * neighbour, i xor 1. x: (S, B, ...), keep: (S, 1, ...)."""
+    """keep * x + (1 - keep) * neighbour; images 2k and 2k + 1 are neighbours. x: (S, B, ...), keep: (S, 1, ...)."""
     return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep)
 
 
 def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
     """Augments, mixes, normalises and erases the batches of S steps: uint8 images x (S, B, 3, H, W), labels (S, B).
 
-    draws: draw_augmentation for the S * B images; keep: draw_mixing for the S steps, or None.
+    draws: draw_augmentation for the S * B images; keep: draw_mixing for the S steps, or None;
+    seed: of the erasing noise.
     -> normalised images, and labels, or each class's share where images are mixed, (S, B, classes).
     """
     S, B = labels.shape
@@ -498,9 +491,9 @@ def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
     if keep is not None:
         keep = to_device(keep, x.device)[:, None, None]              # (S, 1, 1, H, W)
         lam = keep.mean((2, 3, 4))[..., None]                        # corrected for clipped boxes
-        labels = mix(F.one_hot(labels, classes).to(keep.dtype), lam)
+        labels = mix(F.one_hot(labels, classes).float(), lam)
     if keep is not None and not recipe.erase_first:                  # ViT-Lite mixes pixels, then erases
-        x = mix(x.unflatten(0, (S, B)).to(keep.dtype), keep).flatten(0, 1).round()
+        x = mix(x.unflatten(0, (S, B)).float(), keep).flatten(0, 1).round()
     x = erase_boxes(normalise(x, dataset_name), draws["erase"], seed).unflatten(0, (S, B))
     if keep is not None and recipe.erase_first:                      # DeiT erases, then mixes floats
         x = mix(x, keep)
@@ -520,7 +513,8 @@ def epoch_order(recipe, count, seed, epoch):
     order = torch.randperm(count, generator=generator)
     seeds = torch.randint(2**62, (count // size,), generator=generator).tolist()
     place = torch.arange(len(seeds) * size)
-    return order[place // (2 * repeats) * 2 + place % 2].view(-1, size), seeds
+    pair = place // (2 * repeats)                                    # of images; it fills 2 * repeats places
+    return order[2 * pair + place % 2].view(-1, size), seeds
 
 
 def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
@@ -541,7 +535,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # a stream of its own, also in a CPU's 32 bits
+        noise_seed = seed + 2**31 + rank                             # no crop's seed, even modulo a CPU's 2**32
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -662,28 +656,33 @@ def evaluate(model, test_data, config, device):
     return dict(test_accuracy=100 * hits / len(test_data), test_loss=losses / len(test_data))
 
 
-def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
-    """Trains, tests and saves epoch by epoch. checkpoint: to resume from. -> the log, a dict per epoch."""
-    compiled = model if config["compile"] == "off" else torch.compile(model, fullgraph=True, dynamic=False)
-    net = DistributedDataParallel(compiled) if WORLD_SIZE > 1 else compiled
+def set_up(config, recipe, model, test_data, device, accumulate, checkpoint):
+    """-> net, the model, compiled if config says so; the optimizer, with the checkpoint's state; train_step."""
+    net = model if config["compile"] == "off" else torch.compile(model, fullgraph=True, dynamic=False)
+    parallel = DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     graphs = config["compile"] == "graphs"
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, recipe.decay_pe), lr=0.0, fused=True,
                                   capturable=graphs)
-    train_step = make_train_step(net, optimizer, recipe.label_smoothing, config["precision"], accumulate)
+    train_step = make_train_step(parallel, optimizer, recipe.label_smoothing, config["precision"], accumulate)
     if config["compile"] != "off":
         start = time.perf_counter()
         images = torch.zeros(recipe.batch_size // WORLD_SIZE, *model.image_shape)
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
-        evaluate(compiled, data["test"], config, device)             # compiles it; a failure here costs no epoch
+        evaluate(net, test_data, config, device)                     # compiles it; a failure here costs no epoch
         compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s, including one pass over the test images")
-    log = checkpoint["log"] if checkpoint else []
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     if graphs:
         train_step = capture(train_step, optimizer, example)
+    return net, optimizer, train_step
 
+
+def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
+    """Trains, tests and saves epoch by epoch. checkpoint: to resume from. -> the log, a dict per epoch."""
+    net, optimizer, train_step = set_up(config, recipe, model, data["test"], device, accumulate, checkpoint)
+    log = checkpoint["log"] if checkpoint else []
     print_main("\nepoch     loss   test %         lr   images/s   epoch s   elapsed s")
     steps = len(data["train"]) // recipe.batch_size
     start = time.perf_counter() - (log[-1]["seconds"] if log else 0)  # a resumed run's clock goes on
@@ -695,7 +694,7 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
                    disable=True if RANK else None)                   # None: silent without a terminal
         loss = train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device)
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
-        result = evaluate(compiled, data["test"], config, device)
+        result = evaluate(net, data["test"], config, device)
         loss, unreadable = sum_over_processes(loss / WORLD_SIZE, data["train"].unreadable)
         log.append(dict(
             epoch=epoch + 1, loss=loss, **result, lr=optimizer.param_groups[0]["lr"], processes=WORLD_SIZE,
@@ -760,7 +759,7 @@ def load_checkpoint(path):
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
-        setting(checkpoint["config"])                                # fails where a value is missing
+        setting(checkpoint["config"])                                # only to fail where a value is missing
         model = load_weights(build_model(checkpoint["config"]), checkpoint["model"])
         if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
             raise ValueError("it holds no finished epoch")
@@ -822,8 +821,23 @@ def refuse(name, message):
     raise typer.BadParameter(message, param_hint=f"--{name}")
 
 
+def parse_assignments(option, text, separator, names):
+    """Text of an option, such as mixup=0,lr_per=step -> {"mixup": 0, "lr_per": "step"}. Refuses an unknown name."""
+    values = {}
+    for item in filter(None, (text or "").split(separator)):
+        name, equals, word = item.strip().partition("=")
+        if name not in names or not equals:
+            refuse(option, f"{item!r} is not NAME=VALUE; NAME is one of {', '.join(names)}")
+        word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
+        try:
+            values[name] = json.loads(word)
+        except ValueError:
+            values[name] = word
+    return values
+
+
 def choose_device(name):
-    """-> torch.device of --device; allows TF32 on CUDA. Does not touch the GPU: a sweep would keep its memory."""
+    """-> torch.device of --device. Also allows TF32 on CUDA. Opens no GPU: a sweep would keep its memory."""
     accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
@@ -877,7 +891,7 @@ def recipe_for(data, **changes):
 
 
 def configure(flags):
-    """Flags (None: not given) -> the run's configuration: plain values that decide its result."""
+    """Flags (None: not given) -> the run's configuration: plain values that decide its result, with all of Recipe's."""
     device = choose_device(flags["device"])
     cuda = device.type == "cuda"
     data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
@@ -967,7 +981,7 @@ def train_command(
                               shown="the recipe's"),
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
-    recipe: str | None = flag("Other numbers of the recipe: mixup=0,erase=0.1. A wrong name prints them all."),
+    recipe: str | None = flag("Other values of the recipe: mixup=0,erase=0.1. A wrong name lists them all."),
     init: Path | None = flag("Checkpoint to start from; the head is new for another --data or number of classes."),
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
@@ -998,16 +1012,18 @@ def train_command(
         return
     if resume and overwrite:
         refuse("resume", "it continues a run and --overwrite replaces it: choose one")
-    config, device = configure(flags), choose_device(device)
-    folder = run_folder(flags, config)
+    device = choose_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    config = configure(flags)
+    folder = run_folder(flags, config)
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         train_run(flags, config, folder, device)
     except KeyboardInterrupt:
-        print_main("\nstopped: --resume continues after the last finished epoch, if there is one")
+        print_main("\nstopped: --resume continues after the last finished epoch, if there is one"
+                   + "; otherwise repeat --overwrite" * overwrite)
         raise SystemExit(130) from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1022,15 +1038,15 @@ def train_run(flags, config, folder, device):
         shared = [checkpoint]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
         checkpoint = shared[0]
-    my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2         # one process downloads, then one on each machine
+    my_turn = (RANK > 0) + (LOCAL_RANK > 0)                          # one process downloads, then one on each machine
     for turn in range(3):
         if turn == my_turn:
             data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
                     for split in ("train", "test")}
         sum_over_processes(0)                                        # the others wait
     config["images"] = len(data["train"])
-    changed = [f"{key} was {checkpoint['config'].get(key)}, is {value}" for key, value in config.items()
-               if checkpoint and checkpoint["config"].get(key) != value]
+    old = checkpoint["config"] if checkpoint else config
+    changed = [f"{key} was {old.get(key)}, is {value}" for key, value in config.items() if old.get(key) != value]
     if changed:
         raise SystemExit(f"error: {folder} was trained with other flags: {'; '.join(changed)}. Use the old ones, or "
                          "another --runs or --name")
@@ -1046,7 +1062,8 @@ def train_run(flags, config, folder, device):
     elif flags["init"]:
         details = initialise(model, flags["init"], config)
         print_main(f"starts from {flags['init']}, {details}")
-    count = sum(parameter.numel() for parameter in model.to(device).parameters())
+    model.to(device)
+    count = sum(parameter.numel() for parameter in model.parameters())
     print_main(f"{method_label(config)}: {config['model']} with {count:,} parameters\n"
                f"{config['data']}: {config['images']:,} training images, {len(data['test']):,} test images\n"
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
@@ -1098,7 +1115,8 @@ def sweep(
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
-    common = typer.main.get_command(trainer).make_context("train.py", [*ctx.args])  # the call empties its list
+    # Reads all other flags as train_command would. A copy, since the call empties its list.
+    common = typer.main.get_command(trainer).make_context("train.py", [*ctx.args])
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
@@ -1108,7 +1126,7 @@ def sweep(
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = common.params | dict(method=method, seed=seed)
         config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
-        if not flags["precision"]:                                   # each run asks its GPU; the sweep must not use one
+        if not flags["precision"]:                                   # each run asks its GPU; a sweep opens none
             del config["precision"]
         planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
     if jobs > 1 and (load := DATASETS[config["data"]].load):
@@ -1140,7 +1158,7 @@ def sweep(
     failed = [folder.name for folder, run in results.items() if run is None]
     runs = [run for run in results.values() if run]
     if runs:
-        table = "".join(results_table(title, methods) for title, methods in by_setting(runs).items())
+        table = "".join(results_table(title, by_method) for title, by_method in by_setting(runs).items())
         save(runs_folder / "sweep.md", table.encode())
         typer.echo(f"\n{table}", nl=False)
     if failed:
@@ -1210,8 +1228,8 @@ def by_setting(runs):
     """-> {setting: {label: {seed: run}}}, all in the order of the runs."""
     settings = {}
     for run in runs:
-        seeds = settings.setdefault(run.setting, {}).setdefault(run.label, {})
-        other = seeds.setdefault(run.config["seed"], run)
+        of_method = settings.setdefault(run.setting, {}).setdefault(run.label, {})
+        other = of_method.setdefault(run.config["seed"], run)
         if other is not run:
             raise SystemExit(f"error: {run.folder} and {other.folder} have the same method, setting and seed: leave "
                              "one out")
@@ -1221,10 +1239,12 @@ def by_setting(runs):
 def t_test(values, alpha=0.05):
     """-> half the width of a mean's 1 - alpha interval, and the p-value of a zero mean (Student's t, two-sided)."""
     df, error = len(values) - 1, stdev(values) / len(values) ** 0.5
+    # With t = sqrt(df) tan(angle), Student's density is proportional to cos(angle) ** (df - 1).
     angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
-    area = torch.cumulative_trapezoid(angle.cos() ** (df - 1))       # of Student's density, t = sqrt(df) tan(angle)
-    t, p = df ** 0.5 * angle[1:].tan(), 1 - area / area[-1]          # p: probability that |t| is larger
-    return t[p <= alpha][0].item() * error, ([1.0] + p[t * error < abs(mean(values))].tolist())[-1]
+    t, area = df ** 0.5 * angle[1:].tan(), torch.cumulative_trapezoid(angle.cos() ** (df - 1))
+    p = 1 - area / area[-1]                                          # of each t: probability that |t| is larger
+    below = p[t * error < abs(mean(values))]                         # of each t below the observed one
+    return t[p <= alpha][0].item() * error, below[-1].item() if len(below) else 1.0
 
 
 def mean_and_deviation(values, digits=2):
@@ -1271,21 +1291,21 @@ from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % f
 """
 
 
-def results_table(title, methods, base=None):
+def results_table(title, by_method, base=None):
     """-> text: one row per method of a setting, {label: {seed: run}}; the paper's values beside it."""
-    rows, reference = [], base or next(iter(methods))
-    others = methods.get(reference, {})
+    rows, reference = [], base or next(iter(by_method))
+    others = by_method.get(reference, {})
     paper = PAPER.get(title.rpartition(", ")[0], {})                 # its keys leave out the precision
-    for name, seeds in methods.items():
-        logs = [run.log for run in seeds.values()]
-        pairs = [run.log[-1]["test_accuracy"] - others[seed].log[-1]["test_accuracy"]
-                 for seed, run in seeds.items() if name != reference and seed in others]
-        unpaired = 0 < len(pairs) < max(len(seeds), len(others))
+    for name, runs in by_method.items():
+        logs = [run.log for run in runs.values()]
+        differences = [run.log[-1]["test_accuracy"] - others[seed].log[-1]["test_accuracy"]
+                 for seed, run in runs.items() if name != reference and seed in others]
+        unpaired = 0 < len(differences) < max(len(runs), len(others))
         rows.append([
             name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]),
-            difference(pairs) + f" (n={len(pairs)})" * unpaired,
+            difference(differences) + f" (n={len(differences)})" * unpaired,
             f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
-            f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{next(iter(seeds.values())).parameters:,}",
+            f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{next(iter(runs.values())).parameters:,}",
             f"{paper[name]:.2f}" if name in paper else ""])
     head = ["method", "n", "last epoch %", f"minus {reference}", "best epoch %", "seconds", "parameters", "paper %"]
     return as_table(title, head, rows, RESULTS_NOTE)
@@ -1298,36 +1318,34 @@ def contrast_values(name, tables):
             for table in tables if signs.keys() <= table.keys()]
 
 
-def contrasts(methods):
+def contrasts(by_method):
     """-> the contrasts of a setting, {label: {seed: run}}, that have at least three seeds; see CONTRASTS_NOTE.
 
     One dict each: name; values, percentage points, one per seed; alpha; half, half the width of the 1 - alpha interval;
     verdict; paper and paper_model, the paper's value and the model that it is of.
     """
-    config = next(run.config for seeds in methods.values() for run in seeds.values())
+    config = next(run.config for runs in by_method.values() for run in runs.values())
     if config["data"] not in ("cifar100", "imagenet") or config["init"]:  # the paper has no such runs
         return []
-    tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in methods.items() if seed in runs}
-              for seed in sorted(set().union(*methods.values()))]
+    tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in by_method.items() if seed in runs}
+              for seed in sorted(set().union(*by_method.values()))]
     values = {name: contrast_values(name, tables) for name in (CONFLICT, *CLAIMS, *OTHERS)}
     values = {name: points for name, points in values.items() if len(points) > 2}
     p = {name: t_test(points)[1] for name, points in values.items()}
     claims = sorted((name for name in CLAIMS if name in values), key=p.get)
     # Holm: the smallest p-value of the claims times 4, the next times 3, and so on, and none below the one before.
-    tests = dict.fromkeys(values, 1) | {name: len(CLAIMS) - rank for rank, name in enumerate(claims)}
-    adjusted = p | dict(zip(claims, itertools.accumulate((tests[name] * p[name] for name in claims), max)))
+    divisors = dict.fromkeys(values, 1) | {name: len(CLAIMS) - rank for rank, name in enumerate(claims)}
+    adjusted = p | dict(zip(claims, itertools.accumulate((divisors[name] * p[name] for name in claims), max)))
     own_model_first = sorted(PAPER, key=lambda title: not title.startswith(f"{config['model']},"))
     rows = []
     for name, points in values.items():
         papers = ((value, title.partition(",")[0]) for title in own_model_first
                   for value in contrast_values(name, [PAPER[title]]))
         paper, paper_model = next(papers, (None, ""))
-        verdict = ""
+        alpha, verdict = 0.05 / divisors[name], ""
         if name not in OTHERS and len(points) >= 4:
-            verdict = "agrees" if mean(points) * paper > 0 else "disagrees"
-            if adjusted[name] > 0.05:
-                verdict = "inconclusive"
-        alpha = 0.05 / tests[name]
+            sign = "agrees" if mean(points) * paper > 0 else "disagrees"
+            verdict = sign if adjusted[name] <= 0.05 else "inconclusive"
         rows.append(dict(name=name, values=points, alpha=alpha, half=t_test(points, alpha)[0], verdict=verdict,
                          paper=paper, paper_model=paper_model))
     return rows
@@ -1347,18 +1365,18 @@ def contrast_table(contrast_rows):
     return as_table("Contrasts", head, cells, CONTRASTS_NOTE)
 
 
-def mechanism_tables(methods):
+def mechanism_tables(by_method):
     """-> text: what report has measured in the models of a setting; every run has a mechanism."""
     def average(runs, key, digits):
-        return mean_and_deviation([values[key] for values in runs], digits)
+        return mean_and_deviation([run.mechanism[key] for run in runs], digits)
 
     def by_layer(runs, key, style):
-        layers = zip(*(values[key] for values in runs))
+        layers = zip(*(run.mechanism[key] for run in runs))
         return " ".join("  -  " if None in layer else f"{mean(layer):{style}}" for layer in layers)
 
     norms, positions = [], []
-    for name, seeds in methods.items():
-        runs = [run.mechanism for run in seeds.values()]
+    for name, by_seed in by_method.items():
+        runs = [*by_seed.values()]
         norms.append([name, str(len(runs)), average(runs, "beta_variance", 5), average(runs, "offset_variance", 5),
                       average(runs, "cosine", 3), by_layer(runs, "correlation", "+.2f")])
         positions.append([name, average(runs, "ordered", 1), average(runs, "shuffled", 1),
@@ -1382,7 +1400,7 @@ def evaluate_command(
 ):
     """Measure a run's test accuracy and loss again."""
     device = choose_device(device)
-    model, checkpoint = load_checkpoint(run)
+    checkpoint = load_checkpoint(run)[1]
     config = checkpoint["config"]
     size = image_size or config["image_size"]
     try:
@@ -1422,10 +1440,11 @@ def last_norm_offset(model):
 def measure(model, batches):
     """Measures what the paper plots of a trained model. batches: a list of normalised images (B, 3, H, W) and labels.
 
-    -> tokens, pe, a dict. tokens, pe: of each block and the last norm, LN_l(x_l) averaged over images, and the PE that
-    is added to it, (N, D) or None. The dict: correlation, Pearson's of all entries of those two (Figure 4); beta and
-    gamma, the last norm's; offset, see last_norm_offset; cosine, of an image's mean token before and after the last
-    norm, averaged over images (the paper's appendix).
+    -> tokens: LN_l(x_l) of each block and LN(x_L), averaged over images, (L + 1, N, D).
+    pe: a list, what is added to each of them, (N, D) or None.
+    A dict: correlation, Pearson's, of each such pair (Figure 4); beta and gamma, the last norm's; offset, see
+    last_norm_offset; cosine, of an image's mean token before and after the last norm, averaged over images (the
+    paper's appendix).
     """
     tokens, cosines = 0, []
     for images, _ in batches:
@@ -1455,7 +1474,6 @@ def measure_position(model, batches):
     """Measures how well a linear map reads a token's patch index, and accuracy with shuffled patches -> a dict, in %.
 
     batches: a list of normalised images (B, 3, H, W) and labels (B,).
-
     stream: share of patch tokens whose index the map reads from x_l, the input of block 0, 1, ...
     normed: the same from LN_l(x_l), the output of each block's first norm, and from LN(x_L).
     attention: the same from LN_l(x_l) + e_l; None where there is no e_l.
@@ -1466,7 +1484,10 @@ def measure_position(model, batches):
     delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
 
     def features(images):
-        """-> features (points, B, N, D): of the stream, the norms' outputs, the attention's inputs; and logits."""
+        """-> features (points, B, N, D), without the class token, and logits.
+
+        points: depth inputs of blocks, depth + 1 norm outputs, depth inputs of attention.
+        """
         inputs, outputs, logits = watch_norms(model, images)
         attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
         return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double(), logits
@@ -1480,7 +1501,7 @@ def measure_position(model, batches):
     covariance = moments / (count * patches) - centre.mT @ centre
     diagonal = covariance.diagonal(dim1=1, dim2=2)                   # the features' variances, a view
     diagonal += 1e-3 * diagonal.mean(1, keepdim=True)                # the ridge
-    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (points, D, N), N times those of the regression
+    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (points, D, N): N times the regression's
 
     index_read, correct, generator = [], [], torch.Generator().manual_seed(0)
     for images, labels in batches:
@@ -1534,7 +1555,7 @@ FIGURES = {  # name -> panels: x label, y label, the values to draw, and values 
 }
 
 
-def plot_lines(path, panels, methods):
+def plot_lines(path, panels, by_method):
     """Writes a figure of FIGURES: one line per method, the mean of its runs, with a band from minimum to maximum.
 
     A method has the same colour in all figures. With other options it is dashed, in three ways that repeat.
@@ -1543,14 +1564,14 @@ def plot_lines(path, panels, methods):
     figure = Figure(figsize=(5 * len(panels) + 2, 3.8), layout="constrained")
     for ax, (x, y, *lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         dashed = []
-        for label, seeds in methods.items():
-            run = next(iter(seeds.values()))
+        for label, runs in by_method.items():
+            run = next(iter(runs.values()))
             color, dash = f"C{list(METHODS).index(run.config['method'])}", "-"
             if "=" in label:
                 dash = ("--", "-.", (0, (5, 1, 1, 1, 1, 1)))[dashed.count(color) % 3]
                 dashed.append(color)
             for values_of, style in zip(lines, (dash, ":")):
-                values = np.array([values_of(run) for run in seeds.values()], float)  # None: nan
+                values = np.array([values_of(run) for run in runs.values()], float)  # None: nan
                 middle = values.mean(0)
                 ax.plot(middle, linestyle=style, marker="." if len(middle) < 20 else "", color=color,
                         label="" if style == ":" or np.isnan(middle).all() else label)
@@ -1559,7 +1580,7 @@ def plot_lines(path, panels, methods):
         ax.set(xlabel=x, ylabel=y)
         ax.xaxis.get_major_locator().set_params(integer=True)
         if x == "block":
-            depth = max(len(run.mechanism["stream"]) for seeds in methods.values() for run in seeds.values())
+            depth = max(len(run.mechanism["stream"]) for runs in by_method.values() for run in runs.values())
             ax.set_xticks(range(depth + 1), [*map(str, range(depth)), "last\nnorm"])
         if x == "patches":
             ax.set_xticks([0, 1], ["in order", "shuffled"])
@@ -1638,17 +1659,17 @@ def report(
         except (OSError, SystemExit) as error:
             typer.echo(f"note: {run.folder} was not measured again ({last_line(error)})", err=True)
     measured = by_setting(run for run in runs if "stream" in run.mechanism)
-    for title, methods in settings.items():
-        typer.echo(results_table(title, methods, base) + contrast_table(contrasts(methods))
+    for title, by_method in settings.items():
+        typer.echo(results_table(title, by_method, base) + contrast_table(contrasts(by_method))
                    + mechanism_tables(measured.get(title, {})), nl=False)
     try:
-        for title, methods in settings.items():
+        for title, by_method in settings.items():
             folder = out / title.replace(", ", "-").replace(" ", "-") if len(settings) > 1 else out
             folder.mkdir(parents=True, exist_ok=True)
-            if rows := contrasts(methods):
+            if rows := contrasts(by_method):
                 plot_contrasts(folder / "contrasts.png", rows)
             for name, panels in FIGURES.items():
-                shown = methods if name == "curves" else measured.get(title)
+                shown = by_method if name == "curves" else measured.get(title)
                 if shown:
                     plot_lines(folder / f"{name}.png", panels, shown)
             for name, tokens, pe in heatmaps.get(title, {}).values():
