@@ -4,9 +4,9 @@
     python bench.py --quick                  # a first look at a small model, a minute or two on two CPU cores
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
-In each round all contestants of a table take a turn, in random order after the machine's limits, and a ratio is the
-median of the rounds' ratios. A slowdown of the machine then affects all of them alike. From top to bottom: models,
-contestants, tables, command line.
+Each round times the machine's limits (a large copy, a matrix product), then all contestants of a table in random
+order. A ratio is the median of the rounds' ratios, so a slowdown of the machine affects all of them alike. From top to
+bottom: models, contestants, tables, command line.
 """
 import ctypes
 import itertools
@@ -72,7 +72,7 @@ def build_peer(package, gap, image_size, patch_size, num_classes, dim, depth, he
         num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=mlp_dim, attn_implementation="sdpa"))
 
 
-class Contestant:
+class Contestant:  # a model, or one of the machine's limits
     def __init__(self, name, call, pool="", work=0):
         self.name, self.call, self.pool = name, call, pool
         self.work = work                                             # of a limit: operations or bytes per call
@@ -107,7 +107,8 @@ def make_contestant(name, table, batches, setup):
     training, compiled = table.startswith("training"), table.endswith("compiled")
     torch.manual_seed(0)
     model, pool = build(name, setup.sizes)
-    model = model.to(setup.device, torch.float32 if training else setup.dtype).train(training).requires_grad_(training)
+    model = model.to(setup.device, torch.float32 if training else setup.dtype)
+    model.train(training).requires_grad_(training)                   # without gradients, inference records no graph
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, decay_pe=False), fused=True) if training else None
 
     def forward(images):
@@ -120,13 +121,12 @@ def make_contestant(name, table, batches, setup):
         # torch.compile keeps graphs by code object: with a copy of its own, no contestant checks another's guards.
         forward.__code__ = forward.__code__.replace(co_name=name)
         forward = torch.compile(forward, fullgraph=True, dynamic=False, mode=setup.mode)
-    train_step = make_train_step(forward, optimizer, label_smoothing=0.1, precision=setup.precision)
+    step = make_train_step(forward, optimizer, 0.1, setup.precision) if training else lambda images, _: forward(images)
     batches = itertools.cycle(batches)                               # in turn, so that no cache holds them
 
     def call():
-        images, targets = next(batches)
         torch.compiler.cudagraph_mark_step_begin()
-        train_step(images, targets) if training else forward(images)
+        step(*next(batches))
 
     one = Contestant(name, call, pool)
     first_call, steady = one.time(setup.device), one.warm_up(setup.device)
@@ -148,7 +148,8 @@ def look_inside(call, held, device):
     changes = [e.nbytes() for e in trace.kineto_results.events() if e.name() == "[memory]"]
     peak = torch.cuda.max_memory_allocated(device) if cuda else max(itertools.accumulate(changes), default=0)
     kernels = [e.key.removeprefix(prefix) for e in trace.key_averages() if e.key.startswith(prefix)]
-    return held + peak if cuda or device.type == "cpu" else None, min(kernels, default=None)  # min: not the backward's
+    kernel = next((kernel for kernel in kernels if "backward" not in kernel), None)
+    return held + peak if cuda or device.type == "cpu" else None, kernel
 
 
 def first_line(error):
@@ -210,7 +211,7 @@ def count_work(sizes, pool, training, batch, itemsize):
     per_token = (1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 1 + 1)  # of qkv, attention, proj, fc1, fc2: read + written
     values = int(batch * model.pos_embed.numel() * sizes["depth"] * per_token)
     moved = (4 if training else itemsize) * (parameters + images.numel()) + itemsize * values
-    return counter.get_total_flops(), 3 * moved + 28 * parameters if training else moved
+    return counter.get_total_flops(), (3 * moved + 7 * 4 * parameters) if training else moved
 
 
 def summarise(contestants, limits, notes, training, setup):
@@ -222,7 +223,7 @@ def summarise(contestants, limits, notes, training, setup):
         roof = [max(p, moved / copy.work * t) for p, t in zip(peak, copy.seconds)]
         plain = next((other for other in contestants if other.name == PLAIN[one.pool]), None)
         best = min((other for other in contestants if other.pool == one.pool and other.name in PEERS),
-                   key=lambda other: speed(one, other), default=None)
+                   key=lambda other: speed(one, other), default=None)    # the fastest
         step = median(plain.seconds) / speed(one, plain)[0] if plain else median(one.seconds)
         rows.append(dict(
             name=one.name, plain=plain and plain.name, speed_to_plain=speed(one, plain),
@@ -234,7 +235,7 @@ def summarise(contestants, limits, notes, training, setup):
             **one.facts))
     return dict(matmul_flops=matmul.work / median(matmul.seconds), matmul_seconds=matmul.seconds,
                 copy_bytes=copy.work / median(copy.seconds), copy_seconds=copy.seconds,
-                attention=rows[0]["attention"], rows=rows, notes=notes)
+                attention=rows[0]["attention"] and "{attention} in {name}".format(**rows[0]), rows=rows, notes=notes)
 
 
 def as_text(table, result):
@@ -279,7 +280,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded is the method after fold(). all: both kinds.",
+    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded: after fold(). all: folded and not.",
                         default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PACKAGES)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),
@@ -313,7 +314,7 @@ def bench(
     if mode in GRAPH_MODES and device.type != "cuda":
         raise typer.BadParameter(f"{mode} uses CUDA graphs, which {device} does not have", param_hint="--mode")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":   # page faults slow contestants down at random
-        for option, value in ((-1, -1), (-4, 0)):                    # keep freed memory; never mmap a block
+        for option, value in ((-1, -1), (-4, 0)):                    # M_TRIM_THRESHOLD, M_MMAP_MAX: keep freed memory
             ctypes.CDLL(None).mallopt(option, value)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
