@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev, variance
@@ -592,7 +593,7 @@ def compile_now(train_step, optimizer, example):
     stream = torch.cuda.Stream() if example[0].is_cuda else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream) if stream else nullcontext():
         for _ in range(3):
             train_step(*example)
     if stream:
@@ -1015,6 +1016,7 @@ def train_command(
     device = choose_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)                  # which may round dropout to sixteenths
     config = configure(flags)
     folder = run_folder(flags, config)
     if WORLD_SIZE > 1:
