@@ -348,9 +348,11 @@ def interpolate(x, grid, bicubic):
 
 def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     """The output at (u, v), from -1 to 1, is the input at (a u + b v + c, d u + e v + f), or `fill` (3,) outside."""
-    zeros = torch.zeros(len(x), device=x.device)                     # one matrix for each image
-    matrix = torch.stack([zeros + t for t in (a, b, c, d, e, f)], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, x.shape, align_corners=False)
+    zeros, side = torch.zeros(len(x), device=x.device), x.shape[3]
+    a, b, c, d, e, f = torch.stack([zeros + t for t in (a, b, c, d, e, f)])[..., None, None]     # (B, 1, 1) each
+    u = (torch.arange(side, device=x.device) + 0.5) * 2 / side - 1
+    v = u[:, None]
+    grid = torch.stack([a * u + b * v + c, d * u + e * v + f], dim=-1)  # (B, H, W, 2); affine_grid would use TF32
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
     return torch.where(inside, interpolate(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
 
