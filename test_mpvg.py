@@ -1242,18 +1242,6 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     one_line(evaluation(tmp_path / "nowhere"), "nowhere cannot be read (No such file")
 
 
-@pytest.mark.parametrize("error, says", [
-    ("CUDA out of memory. Tried to allocate 20 GiB", "error: out of memory: raise --accumulate, or lower --batch-size"),
-    ("DefaultCPUAllocator: can't allocate memory: you tried", "error: out of memory: raise --accumulate"),
-    ("DataLoader worker (pid 7) is killed by signal: Killed.", "error: a worker was killed, perhaps for lack of"),
-    ("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
-     "error: torch.compile needs a C++ compiler: install g++, or use --compile off"),
-    ("Failed to find C compiler. Please specify via CC environment variable", "error: torch.compile needs a C++")])
-def test_lack_of_memory_or_of_a_compiler_is_one_line(cli, monkeypatch, error, says):
-    monkeypatch.setattr(train, "train_run", Mock(side_effect=RuntimeError(error)))
-    one_line(cli(), says)
-
-
 DRIVER = """
 import os, signal, sys, torch
 torch.set_default_dtype(torch.float64)
@@ -1307,34 +1295,73 @@ def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli
 
 # -------------------------------------------------------------------------------------- train.py: users' mistakes
 
-@pytest.mark.parametrize("flags, says", [
-    (["--image-size", "64"], "--image-size: numbers has images of 32x32"),
-    (["--accumulate", "3"], "--batch-size: 128 must be divisible by processes (1) x accumulate (3)"),
-    (["--recipe", "mixup=1", "--batch-size", "21"], "and by processes x 2, as images are mixed in pairs"),
-    (["--method", "mpvg", "--pe", "none"], "--method: it replaces --pe, --pool and --mpvg: leave those out"),
-    (["--pool", "cls", "--mpvg"], "--mpvg: it needs a PE and --pool gap"),
-    (["--method", "mpvg:num_classes=7"], "--method: 'num_classes=7' is not NAME=VALUE; NAME is one of add_input"),
-    (["--epochs", "0"], "Invalid value: epochs=0 must be between 1 and"),
-    (["--batch-size", "401"], "--batch-size: 401 is more than the 200 training images"),
-    (["--recipe", "warmup_epochs=6"], "Invalid value: warmup_epochs and cooldown_epochs leave none of the 6 epochs"),
-    (["sweep", "--epochs", "3"], "write the flags after sweep"),
-    (["--recipe", "mixpu=1"], "--recipe: 'mixpu=1' is not NAME=VALUE; NAME is one of epochs, batch_size, lr"),
-    (["--recipe", "mixup=1e-300"], "Invalid value: mixup and cutmix are 0 or at least 0.01"),
-    (["--recipe", "batch_size=true"], "Invalid value: batch_size=True is not of type int"),
-    (["--recipe", "erase=NaN"], "Invalid value: erase=nan must be between 0 and 1"),
-    (["--recipe", "lr_per=year"], "Invalid value: lr_per=year is neither epoch nor step"),
-    (["--device", "cuda:99"], "--device: cuda:99 is not available on this machine"),
-    (["--device", "abacus"], "--device: abacus is not one of auto, cpu, cuda"),
-    (["--name", "../up"], "--name: '../up' must be one folder name"),
-    (["--name", ".."], "--name: '..' must be one folder name"),
-    (["--name", "ä" * 101], "must be one folder name of at most 200 bytes"),
-    (["--compile", "graphs"], "--compile: graphs needs CUDA and one process"),
-    (["--freeze"], "--freeze: it needs --init, since it trains only the head"),
-    (["--init", "nowhere.pt"], "error: --init nowhere.pt: "),
-    (["--runs", __file__], "error: [Errno "),
+@pytest.mark.parametrize("command, says", [
+    ("train --image-size 64", "--image-size: numbers has images of 32x32"),
+    ("train --accumulate 3", "--batch-size: 128 must be divisible by processes (1) x accumulate (3)"),
+    ("train --recipe mixup=1 --batch-size 21", "and by processes x 2, as images are mixed in pairs"),
+    ("train --method mpvg --pe none", "--method: it replaces --pe, --pool and --mpvg: leave those out"),
+    ("train --pool cls --mpvg", "--mpvg: it needs a PE and --pool gap"),
+    ("train --method mpvg:num_classes=7", "--method: 'num_classes=7' is not NAME=VALUE; NAME is one of add_input"),
+    ("train --epochs 0", "Invalid value: epochs=0 must be between 1 and"),
+    ("train --batch-size 401", "--batch-size: 401 is more than the 200 training images"),
+    ("train --recipe warmup_epochs=6", "Invalid value: warmup_epochs and cooldown_epochs leave none of the 6 epochs"),
+    ("train --recipe mixpu=1", "--recipe: 'mixpu=1' is not NAME=VALUE; NAME is one of epochs, batch_size, lr"),
+    ("train --recipe mixup=1e-300", "Invalid value: mixup and cutmix are 0 or at least 0.01"),
+    ("train --recipe batch_size=true", "Invalid value: batch_size=True is not of type int"),
+    ("train --recipe erase=NaN", "Invalid value: erase=nan must be between 0 and 1"),
+    ("train --recipe lr_per=year", "Invalid value: lr_per=year is neither epoch nor step"),
+    ("train --device cuda:99", "--device: cuda:99 is not available on this machine"),
+    ("train --device abacus", "--device: abacus is not one of auto, cpu, cuda"),
+    ("train --name ../up", "--name: '../up' must be one folder name"),
+    ("train --name ..", "--name: '..' must be one folder name"),
+    (f"train --name {'ä' * 101}", "must be one folder name of at most 200 bytes"),
+    ("train --compile graphs", "--compile: graphs needs CUDA and one process"),
+    ("train --freeze", "--freeze: it needs --init, since it trains only the head"),
+    ("train --init nowhere.pt", "error: --init nowhere.pt: "),
+    ("train --runs file", "error: [Errno "),
+    ("train sweep --epochs 3", "write the flags after sweep"),
+    ("sweep --methods mpvg,rope", "unknown method 'rope'"),
+    ("sweep --methods mpvg, lape", "unexpected extra argument"),
+    ("sweep --overwrite", "--overwrite: sweep sets it"),
+    ("sweep --surplus 1", "--surplus"),
+    ("bench --methods gap,mpgv", "--methods: unknown 'mpgv': choose from default"),
+    ("bench --methods mpvg-folded", "--methods: folded models do not train"),
+    ("bench --peers timn", "--peers: unknown 'timn': choose from torchvision"),
+    ("bench --tables training", "--tables: unknown 'training'"),
+    ("bench --mode reduce-overhead", "--mode: reduce-overhead uses CUDA graphs"),
+    ("bench --json .", "--json"),
+    (f"bench --json {'x' * 300}", "error: [Errno "),
 ], ids=str)
-def test_a_users_mistake_gets_one_line(cli, flags, says):
-    one_line(cli(*flags), says)
+def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
+    """Before anything is trained, started, timed or printed."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(train, "environment", Mock(return_value={}))            # it asks git
+    for module, name in ((train, "fit"), (subprocess, "run"), (bench, "run_table")):
+        monkeypatch.setattr(module, name, None)
+    program, *flags = command.split()
+    start = dict(train=(train.main, "--data", "numbers"), sweep=(train.main, "sweep"), bench=(bench.main,))[program]
+    result = run_cli(*start, "--device", "cpu", *flags)
+    one_line(result, says)
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("program, where, error, says", [
+    (train, "train_run", "CUDA out of memory. Tried to allocate 20 GiB",
+     "out of memory: raise --accumulate, or lower --batch-size"),
+    (train, "train_run", "DefaultCPUAllocator: can't allocate memory: you tried", "out of memory: raise --accumulate"),
+    (train, "train_run", "DataLoader worker (pid 7) is killed by signal: Killed.",
+     "a worker was killed, perhaps for lack of"),
+    (train, "train_run", "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx",
+     "torch.compile needs a C++ compiler: install g++, or use --compile off"),
+    (train, "train_run", "Failed to find C compiler. Please specify via CC", "torch.compile needs a C++ compiler"),
+    (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),
+    (bench, "make_contestant", "CUDA out of memory. Tried to allocate 1 TB",
+     "inference-eager: default failed: CUDA out of memory. Tried to allocate 1 TB: lower --batch")])
+def test_lack_of_memory_or_of_a_compiler_is_one_line(tmp_path, monkeypatch, program, where, error, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, where, Mock(side_effect=RuntimeError(error)))  # CUDA's is one, too
+    one_line(run_cli(program.main, "--device", "cpu", *["--quick"] * (program is bench)), f"error: {says}")
 
 
 @pytest.mark.parametrize("damage, says", [
@@ -1643,15 +1670,6 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     assert "2 of 2 runs failed" in sweep(*flags, "--precision", "bf16").err                 # other flags: both started
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--methods", "mpvg,rope"], "unknown method 'rope'"), (["--overwrite"], "--overwrite: sweep sets it"),
-    (["--methods", "mpvg,", "lape"], "unexpected extra argument"), (["--surplus", "1"], "--surplus"),
-], ids=str)
-def test_a_sweeps_mistake_ends_it_before_the_first_run(monkeypatch, flags, says):
-    monkeypatch.setattr(subprocess, "run", None)                                # nothing can be started
-    one_line(sweep(*flags), says)
-
-
 def test_ctrl_c_ends_a_sweep(tmp_path, monkeypatch):
     started = []
 
@@ -1907,14 +1925,6 @@ def test_a_peer_with_a_broken_graph_is_left_out_and_no_timing_contains_compilati
     ok(small_run(*flags, "none"))                                               # compiled again, but before the timings
 
 
-@pytest.mark.parametrize("error, where", [                                      # CUDA's error is a RuntimeError, too
-    ("can't allocate memory: 1 TB\nframe #0: c10", "make_limits"),
-    ("CUDA out of memory. Tried to allocate 1 TB", "make_contestant")])
-def test_bench_ends_in_one_line_for_lack_of_memory(monkeypatch, error, where):
-    monkeypatch.setattr(bench, where, Mock(side_effect=RuntimeError(error)))
-    one_line(small_run(), f"{error.splitlines()[0]}: lower --batch")
-
-
 def test_bench_flags_have_their_effect(monkeypatch):
     installed = dict(torchvision="1", timm="1")
     monkeypatch.setattr(bench, "util", SimpleNamespace(find_spec=installed.get))
@@ -1941,21 +1951,6 @@ def test_bench_flags_have_their_effect(monkeypatch):
     assert other.tables == ["training-eager", "inference-eager"] and other.names == ["mpvg", "timm gap"]
     assert other.sizes == sizes("vit-lite", attn_drop=0.0, drop_path=0.0)
     assert (other.batch, other.dtype, other.mode, other.rounds) == (3, torch.bfloat16, "max-autotune-no-cudagraphs", 7)
-
-
-@pytest.mark.parametrize("flags, says", [
-    (["--methods", "gap,mpgv"], "--methods: unknown 'mpgv': choose from default"),
-    (["--methods", "mpvg-folded"], "--methods: folded models do not train"),
-    (["--peers", "timn"], "--peers: unknown 'timn': choose from torchvision"),
-    (["--tables", "training"], "--tables: unknown 'training'"),
-    (["--mode", "reduce-overhead"], "--mode: reduce-overhead uses CUDA graphs"),
-    (["--json", ROOT], "--json"),
-    (["--json", "x" * 300], "error: [Errno "),                                  # found before the first table
-], ids=str)
-def test_bench_names_a_bad_flag(flags, says):
-    done = run_cli(bench.main, "--device", "cpu", *flags)
-    one_line(done, says)
-    assert done.out == ""                                                       # said before the first table
 
 
 def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
