@@ -1485,20 +1485,6 @@ def test_contrasts(tmp_path):
     assert few[-3][3:5] == ["level %", "paper"] and few[-1][1:4:2] == ["3", "98.75"]  # corrected for four; no verdict
 
 
-@pytest.mark.parametrize("init, shown", [
-    ("{method}-x-seed{seed}", "METHOD-x-seedN"), ("lape-gap-x-seed10", "lape-gap-x-seed10")])
-def test_runs_with_init_are_one_setting(tmp_path, init, shown):
-    """From weights of the same method and seed, or all from the same weights; not from one another's."""
-    for method, seed in itertools.product(("gap", "mpvg"), range(3)):
-        write_run(tmp_path / f"{method}{seed}", [70.0 + seed], method=method, seed=seed,
-                  init="a/b/" + init.format(method=method, seed=seed))
-    result = report(tmp_path, *sorted(tmp_path.glob("*[0-9]")))
-    assert [row[:2] for row in rows_of(result.out)[2:]] == [["gap", "3"], ["mpvg", "3"]], result.err
-    assert f"init b-{shown}" in result.out
-    write_run(tmp_path / "other", [70.0], method="mpvg", seed=0, init="a/b/default-x-seed0")
-    assert "init b-default-x-seed0" in report(tmp_path, tmp_path / "mpvg0", tmp_path / "other").out
-
-
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
 def test_measure_is_what_it_says(method):
     model, batches = tiny(method), [images(3, seed=1), images(2, seed=2)]
@@ -1595,27 +1581,31 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     assert all(min(Image.open(path).size) > 300 for path in (tmp_path / "figures").iterdir())
 
 
-def test_figures_of_three_variants_of_a_method(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
-    drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path: drawn.extend(figure.legends))
-    for block in (2, 4, 6):
-        write_run(tmp_path / f"block{block}", [1.0, 2.0], overrides={"last_pe": block})
-    ok(report(tmp_path, *tmp_path.glob("block*"), draw=True))
-    names = [[text.get_text() for text in legend.get_texts()] for legend in drawn]
-    assert names == [[f"mpvg-last_pe={block}" for block in (2, 4, 6)]]          # of the curves
-
-
-def test_report_of_two_settings(cli, trained, tmp_path):
-    """A setting lists what differs from the recipe; a short run's warm-up by the step does not."""
-    ok(cli("--pe", "none", "--pool", "gap", "--epochs", 1, "--recipe", "lr_per=epoch,mixup=0.5", "--name", "run"))
-    result, figures = ok(report(tmp_path, tmp_path / "run", trained[0], draw=True)), tmp_path / "figures"
-    assert "\nvit-nano, numbers, 1 epochs, fp32, lr_per epoch, mixup 0.5\n" in f"\n{result.out}"
-    assert "\nvit-nano, numbers, 3 epochs, fp32, batch_size 20, lr 0.01\n" in f"\n{result.out}"
-    pytest.importorskip("matplotlib")
-    assert sorted(str(path.relative_to(figures)) for path in figures.rglob("layers-*")) == [
-        "vit-nano-numbers-1-epochs-fp32-lr_per-epoch-mixup-0.5/layers-run.png",
-        f"vit-nano-numbers-3-epochs-fp32-batch_size-20-lr-0.01/layers-{MPVG}.png"]
+def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
+    """It lists what differs from the recipe, without a short run's warm-up. Weights of --init that have each run's own
+    method and seed are one setting, as are the same for all runs. Each setting has its figures."""
+    figure, drawn = pytest.importorskip("matplotlib.figure"), {}
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path, **_: path.touch() or drawn.update({
+        (path.parent.name, path.stem): [text.get_text() for key in figure.legends for text in key.get_texts()]}))
+    lite, variants = "vit-lite, cifar100, 310 epochs, bf16", [f"mpvg-last_pe={block}" for block in (2, 3, 4, 6)]
+    settings = {
+        lite: {}, f"{lite}, lr 0.01, fraction 0.5, freeze True": dict(lr=0.01, fraction=0.5, freeze=True),
+        "vit-lite, cifar100, 20 epochs, bf16, lr_per epoch": dict(epochs=20, warmup_epochs=2.0, cooldown_epochs=2),
+        f"{lite}, init b-METHOD-x-seedN": dict(init="a/b/{method}-x-seed{seed}"),
+        f"{lite}, init b-x-mpvg-last_pe=2-x-seed0": dict(init="a/b/x-mpvg-last_pe=2-x-seed0"),
+        f"{lite}, init b-mpvg-last_pe=2-x-seed10": dict(init="a/b/mpvg-last_pe=2-x-seed10")}
+    for (i, changes), seed, method in itertools.product(enumerate(settings.values()), range(2), variants):
+        init = changes.get("init", "").format(method=method, seed=seed) or None
+        write_run(tmp_path / f"{i}{method}{seed}", [70.0], overrides={"last_pe": int(method[-1])}, seed=seed,
+                  **changes | dict(init=init))
+    result = ok(report(tmp_path, *sorted(tmp_path.glob("[0-9]*")), trained[0], draw=True))
+    nano = "vit-nano, numbers, 3 epochs, fp32, batch_size 20, lr 0.01"
+    assert [line for line in result.out.splitlines() if line.startswith("vit-")] == [nano, *settings]
+    assert [row[:2] for row in rows_of(result.out) if "last_pe" in row[0]] == [[name, "2"] for name in variants] * 6
+    folders = {title: title.replace(", ", "-").replace(" ", "-") for title in (nano, *settings)}
+    assert {key: names for key, names in drawn.items() if key[1][:6] in ("curves", "layers")} == {
+        **{(folders[title], "curves"): variants for title in settings},
+        (folders[nano], "curves"): ["mpvg"], (folders[nano], f"layers-{MPVG}"): []}
 
 
 def test_accumulate_splits_the_batch(cli, monkeypatch):
