@@ -332,11 +332,13 @@ def test_compiled_equals_eager(method):
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
 
 
-def test_export_for_any_batch_size():
+def test_export_for_any_batch_size_and_compilation_of_a_folded_model():
     batch = torch.export.Dim("batch", min=1, max=64)
     for net in (tiny("lape"), fold(tiny("mpvg"))):                              # a class token is expanded to the batch
         exported = torch.export.export(net, (images(2),), dynamic_shapes=({0: batch},), strict=True).module()
         torch.testing.assert_close(exported(images(5)), net(images(5)), rtol=1e-10, atol=1e-10)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")          # the folded one
+    torch.testing.assert_close(compiled(images()), tiny("mpvg")(images()), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
@@ -2116,23 +2118,39 @@ def test_swin_is_torchvisions_with_a_pe_in_each_stage():
 
 
 def commands(text):
-    """-> arguments of each command `python train.py ...` of a document's code."""
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    lines = [line.partition("#")[0].split() for line in blocks.splitlines() if "train.py" in line]
-    return [line[line.index("train.py") + 1:] for line in lines]
+    """-> program, train or bench, and arguments of each command of a text: after a ` or at the start of a line."""
+    found = re.findall(r"(?:^ *|`)(?:python|torchrun) (?:[^`\n]* )?(train|bench)\.py([^`#\n]*)",
+                       text.replace("\\\n", " "), re.M)
+    return [(program, *arguments.split()) for program, arguments in found]
 
 
-def test_the_commands_of_readme_and_guide_are_accepted(files, tmp_path, monkeypatch):
-    """All flags of all commands; nothing is trained here."""
+def test_the_commands_of_the_texts_are_accepted(files, tmp_path, monkeypatch):
+    """Those of README, guide, train.py and bench.py; nothing is trained or timed here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train_run", started := Mock())
+    monkeypatch.setattr(train, "train_run", started := Mock(side_effect=SystemExit))
+    monkeypatch.setattr(bench, "run_table", started)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr=""))
-    given = [arguments for text in (README, GUIDE) for arguments in commands(text)]
-    for arguments in given:
-        if arguments[:1] not in (["eval"], ["report"]):
-            result = run_cli(train.main, *[str(files) if word in ("DIR", "digits") else word for word in arguments])
+    given = [commands(text) for text in (README, GUIDE, train.__doc__, bench.__doc__)]
+    for program, *arguments in itertools.chain(*given):
+        if arguments[:1] in (["eval"], ["report"]):
+            train.typer.main.get_command(train.app).commands[arguments[0]].make_context("train.py", arguments[1:])
+        else:
+            result = run_cli(dict(train=train, bench=bench)[program].main,
+                             *[str(files) if word in ("DIR", "digits") else word for word in arguments])
             assert result.code == 0 or "runs failed: " in result.err, (arguments, result.err)
-    assert started.call_count > 10 and len(given) > 20
+    assert min(map(len, given)) > 2 and started.call_count > 15
+
+
+def test_links_lead_to_files_and_headings():
+    def read(path):
+        return re.sub("```.*?```", "", path.read_text(), flags=re.S)            # in code, # is a comment
+
+    for document in (ROOT / "README.md", *ROOT.glob("results/*.md")):
+        for name, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", read(document)):
+            path = document.parent / name if name else document
+            headings = re.findall(r"^#+ (.*)", read(path), re.M) if anchor else []
+            assert path.exists(), (document, name)
+            assert not anchor or anchor in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
 
 
 def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
@@ -2141,7 +2159,7 @@ def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(count // 10, seed))
     exec(code(GUIDE, 'Path("digits"'), {})
     assert Image.open(next(Path("digits/train").rglob("*.JPEG"))).size == (64, 48)
-    flags, = (arguments[2:] for arguments in commands(GUIDE) if "digits" in arguments)
+    flags, = (arguments[3:] for arguments in commands(GUIDE) if "digits" in arguments)
     ok(cli(*flags, "--epochs", 1, data="imagenet"))
 
 
@@ -2162,6 +2180,15 @@ def test_the_readmes_names_and_tables():
                        if row["name"] == name] for name in shown}
     measured["mpvg-folded"] += ["", ""]                                         # it does not train
     assert len(shown) > 6 and shown == measured
+    last = [log_of(ROOT / f"results/numbers/mpvg-vit-nano-numbers-seed{seed}")[-1] for seed in range(3)]
+    reached = "{:.2f}, {:.2f} and {:.2f}".format(*(line["test_accuracy"] for line in last))
+    assert f"seeds 0 to 2 reached {reached} % test accuracy" in " ".join(README.split())
+
+
+def test_benchmarks_tables_are_those_of_their_json():
+    for path in ROOT.glob("results/bench/*.json"):
+        for item in json.loads(path.read_text())["tables"].items():
+            assert bench.as_text(*item) in path.with_suffix(".txt").read_text(), path
 
 
 def test_the_tables_of_runs_are_what_report_prints(tmp_path):
