@@ -45,7 +45,7 @@ def small_data(root, train):
     return make_numbers(200, 1) if train else make_numbers(40, 2)
 
 
-for _name in ("numbers", "cifar100"):  # every run of these tests uses them
+for _name in ("numbers", "cifar100"):  # every run in this process uses them
     train.DATASETS[_name] = dataclasses.replace(train.DATASETS[_name], load=small_data)
 
 
@@ -437,10 +437,6 @@ def test_resize_pos_embed():
         torch.testing.assert_close(mine[0, 1:, 0].view(new), torch.from_numpy(np.array(image)), rtol=1e-4, atol=1e-4)
     for dtype in (torch.float64, torch.bfloat16):
         assert resize_pos_embed(table.to(dtype), (4, 4), (2, 2), prefix=1).dtype == dtype
-    for old_grid, grids in (((4, 4), "[(4, 4)]"), (None, "[(2, 2), (4, 4)]")):
-        says = re.escape(f"a PE of 17 patches (class tokens: 0) fits 0 of the grids {grids}: load_weights needs")
-        with pytest.raises(ValueError, match=says):
-            resize_pos_embed(table, old_grid, (2, 2))
 
 
 def test_load_weights_from_files(tmp_path):
@@ -490,21 +486,20 @@ def test_load_weights_names_every_misfit_and_loads_nothing():
         with pytest.raises(ValueError, match=re.escape(f"see load_weights' new_head and from_plain): {says}") + "$"):
             load_weights(model, wrong)
     assert torch.equal(model(images()), logits)
-    with pytest.raises(ValueError, match=r"new_head.*: head.weight is \(5, 16\), the model's \(9, 16\); head.bias"):
-        load_weights(tiny("mpvg", num_classes=9), tiny("mpvg").state_dict())
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg-free"])
 @pytest.mark.parametrize("old, new, untold", [
-    ((2, 2), (2, 3), ""), ((2, 3), (4, 4), "old_grid"), ((2, 3), (3, 2), ""),
-    ((4, 4), (2, 8), r"fits 2 of the grids \[\(2, 8\), \(4, 4\)\]"), ((2, 8), (2, 8), "fits 2 of the grids")])
+    ((2, 2), (2, 3), ""), ((2, 3), (4, 4), "fits 0 of the grids [(2, 2), (4, 4)]"), ((2, 3), (3, 2), ""),
+    ((4, 4), (2, 8), "fits 2 of the grids [(2, 8), (4, 4)]"), ((2, 8), (2, 8), "fits 2 of the grids")])
 def test_load_weights_resizes_the_pe(method, old, new, untold):
     source = tiny(method, image_size=(4 * old[0], 4 * old[1])).state_dict()
     model = tiny(method, seed=5, image_size=(4 * new[0], 4 * new[1]))
-    with pytest.raises(ValueError, match="load_weights needs old_grid, the"):
+    says = f"a PE of {math.prod(old)} patches (class tokens: {int(method == 'default')}) fits"
+    with pytest.raises(ValueError, match=re.escape(f"{says} 0 of the grids [(3, 3)]: load_weights needs old_grid")):
         load_weights(model, source, old_grid=(3, 3))
     if untold:
-        with pytest.raises(ValueError, match=untold):
+        with pytest.raises(ValueError, match=re.escape(untold)):
             load_weights(model, source)
     load_weights(model, source, old_grid=None if old == (2, 2) else old)        # a square needs no telling
     for name in {"pos_embed", "last_pos_embed"} & source.keys():
@@ -874,10 +869,8 @@ def test_each_process_erases_with_noise_of_its_own():
     recipe = dataclasses.replace(CIFAR, batch_size=12, erase=1.0, mixup=0.0, cutmix=0.0, ra_ops=0)
     config = dict(data="cifar100", image_size=32, num_classes=100, seed=3)
     data = train.ArrayData(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12))
-    images = [next(train.train_batches(data, recipe, config, 2, rank, 3))[0] for rank in range(3)]
-    _, (seed,) = train.epoch_order(recipe, 12, 3, epoch=2)                      # crops and boxes are drawn with it
-    images.append(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
-    for a, b in itertools.combinations([set(image.flatten().tolist()) for image in images], 2):
+    shares = [next(train.train_batches(data, recipe, config, 2, rank, 3))[0] for rank in range(3)]
+    for a, b in itertools.combinations([set(share.flatten().tolist()) for share in shares], 2):
         assert len(a & b) < 10                                                  # three of them are the blank image's
 
 
@@ -965,12 +958,12 @@ def plain_loop(recipe, method, data, seed):
     optimizer = torch.optim.AdamW([
         dict(params=[p], weight_decay=recipe["weight_decay"] * (p.ndim >= 2 and name not in tables))
         for name, p in model.named_parameters()])
-    (images, labels), (test_images, test_labels) = make_numbers(200, 1), make_numbers(40, 2)
+    (x, y), (test_x, test_y) = make_numbers(200, 1), make_numbers(40, 2)
     size, losses, accuracies = recipe["batch_size"], [], []
-    steps = len(images) // size
+    steps = len(x) // size
     mean, std = (torch.tensor(getattr(train.DATASETS[data], name)).view(3, 1, 1) for name in ("mean", "std"))
     for epoch in range(recipe["epochs"]):
-        order, total = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)), 0
+        order, total = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)), 0
         for i in range(steps):
             rows = order[i * size:(i + 1) * size]
             t = epoch + (i / steps if recipe["lr_per"] == "step" else 0)
@@ -980,14 +973,14 @@ def plain_loop(recipe, method, data, seed):
                 group["lr"] = (start + (lr - start) * t / warmup if t < warmup else
                                end + (lr - end) * (1 + math.cos(math.pi * min(t / length, 1))) / 2)
             optimizer.zero_grad()
-            logs = model((images[rows] / 255 - mean) / std).log_softmax(1)
-            nll, smooth = -logs[torch.arange(size), labels[rows]], recipe["label_smoothing"]
+            logs = model((x[rows] / 255 - mean) / std).log_softmax(1)
+            nll, smooth = -logs[torch.arange(size), y[rows]], recipe["label_smoothing"]
             loss = ((1 - smooth) * nll - smooth * logs.mean(1)).mean()
             loss.backward()
             optimizer.step()
             total += loss.item()
         losses.append(total / steps)
-        hits = (model.eval()((test_images / 255 - mean) / std).argmax(1) == test_labels).float()
+        hits = (model.eval()((test_x / 255 - mean) / std).argmax(1) == test_y).float()
         accuracies.append(100 * hits.mean().item())
         model.train()
     return model, losses, accuracies
@@ -1074,6 +1067,12 @@ def test_defaults_follow_the_device(monkeypatch):
         assert (config["data"], config["precision"], config["compile"]) == values
 
 
+def test_accumulate_splits_the_batch(cli, monkeypatch):
+    sizes, forward = [], ViT.forward
+    monkeypatch.setattr(ViT, "forward", lambda model, x: sizes.append(len(x)) or forward(model, x))
+    assert cli("--epochs", 1, "--batch-size", 100, "--accumulate", 4).code == 0 and sizes == [25] * 8 + [40]
+
+
 def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
     """The same losses compiled, as one graph, and nearly the same in bf16; the plain module is what is saved."""
     real, asked = torch.compile, []
@@ -1148,16 +1147,12 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     assert json.loads((folder / "mechanism.json").read_text())["cosine"] <= 1
     tuned = ok(cli(*flags, "--init", folder, "--image-size", 48, "--name", "tuned", "--lr", 0, data="imagenet"))
     assert "with its head" in tuned.out and load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
-    two = shutil.copytree(files, tmp_path / "two")
-    shutil.rmtree(two / "val" / "c")
-    one_line(evaluation("--data-dir", two), "val has 2 classes, the model 3: set --data-dir to the folder it was")
+    other = shutil.copytree(files, tmp_path / "other")
+    (other / "val" / "a" / "03.JPEG").write_bytes(b"")
+    assert "was not measured again (test image" in ok(report(tmp_path, folder, "--data-dir", other)).err
+    shutil.rmtree(other / "val" / "c")
+    one_line(evaluation("--data-dir", other), "val has 2 classes, the model 3: set --data-dir to the folder it was")
     one_line(evaluation("--data-dir", tmp_path / "nowhere"), "val does not exist: set --data-dir to the folder that")
-    measured = (folder / "mechanism.json").read_text()
-    for path in shutil.copytree(files, tmp_path / "empty").rglob("*.JPEG"):
-        path.write_bytes(b"")
-    result = ok(report(tmp_path, folder, "--data-dir", tmp_path / "empty"))
-    assert "(test image" in result.err and "cannot be decoded (cannot identify" in result.err
-    assert (folder / "mechanism.json").read_text() == measured
 
 
 # -------------------------------------------------------------------------- train.py: runs that survive, processes
@@ -1219,6 +1214,7 @@ def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
 def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkeypatch):
     flags, folder = ["--epochs", 1, "--batch-size", 20], tmp_path / MPVG
     ok(cli(*flags))
+    (folder / "mechanism.json").write_text("{}")                                # of these weights
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     one_line(cli(*flags, "--overwrite", "--recipe", "weight_decay=1000000", "--lr", "1000000"),
              "error: the test loss is not finite, the run has diverged: try a lower --lr")
@@ -1226,12 +1222,13 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
         patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
         one_line(cli(*flags, "--overwrite"), "best.pt cannot be written (No space left on device); earlier files")
         patch.setattr(train, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
-        result = cli(*flags, "--overwrite")
-        assert result.code == 130 and "stopped: --resume continues after the last finished epoch" in result.out
+        for more, advice in ((["--overwrite"], "; otherwise repeat --overwrite"), (["--name", "new"], "")):
+            result = cli(*flags, *more)
+            assert result.code == 130 and result.out.endswith(
+                f"\nstopped: --resume continues after the last finished epoch, if there is one{advice}\n")
         result = ok(report(tmp_path, folder))                                   # tables need no new file
         assert "mechanism.json cannot be written (No space" in result.err and "last epoch %" in result.out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    (folder / "mechanism.json").write_text("{}")                                # of the weights that are replaced
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))  # some network disks
     assert cli("--epochs", 2, "--batch-size", 50, "--overwrite").code == 0 and len(log_of(folder)) == 2
     assert not (folder / "mechanism.json").exists()
@@ -1620,12 +1617,6 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
     assert {key: names for key, names in drawn.items() if key[1][:6] in ("curves", "layers")} == {
         **{(folders[title], "curves"): variants for title in settings},
         (folders[nano], "curves"): ["mpvg"], (folders[nano], f"layers-{MPVG}"): []}
-
-
-def test_accumulate_splits_the_batch(cli, monkeypatch):
-    sizes, forward = [], ViT.forward
-    monkeypatch.setattr(ViT, "forward", lambda model, x: sizes.append(len(x)) or forward(model, x))
-    assert cli("--epochs", 1, "--batch-size", 100, "--accumulate", 4).code == 0 and sizes == [25] * 8 + [40]
 
 
 def sweep(*flags):
