@@ -1008,20 +1008,26 @@ def configure(*flags):
     return train.configure(command.make_context("train.py", [*map(str, flags)]).params)
 
 
-@pytest.mark.parametrize("flags, method, overrides", [
-    ([], "mpvg", {}),
-    (["--pe", "none"], "gap", {"pe": "none"}),
-    (["--pe", "none", "--pool", "cls"], "default", {"pe": "none"}),
-    (["--method", "mpvg:last_pe=2"], "mpvg", {"last_pe": 2}),
-    (["--method", "mpvg:last_pe=None"], "mpvg", {"last_pe": None}),
-    (["--method", "mpvg:layer0=true:hierarchical=false"], "mpvg", {"layer0": True, "hierarchical": False}),
-    (["--method", "gap:pe_std=1.0"], "gap", {"pe_std": 1}),
+@pytest.mark.parametrize("flags, expected", [
+    ("", dict(data="numbers", model="vit-nano", method="mpvg", overrides={})),
+    ("--pe none", dict(method="gap", overrides={"pe": "none"})),
+    ("--pe none --pool cls", dict(method="default", overrides={"pe": "none"})),
+    ("--method mpvg:last_pe=2", dict(method="mpvg", overrides={"last_pe": 2})),
+    ("--method mpvg:last_pe=None", dict(method="mpvg", overrides={"last_pe": None})),
+    ("--method mpvg:layer0=true:hierarchical=false", dict(overrides={"layer0": True, "hierarchical": False})),
+    ("--method gap:pe_std=1.0", dict(method="gap", overrides={"pe_std": 1})),
+    ("--data cifar100", dict(warmup_epochs=10, cooldown_epochs=10, lr_per="epoch")),
+    ("--data cifar100 --epochs 15", dict(warmup_epochs=1.5, cooldown_epochs=1, lr_per="step")),
+    ("--data cifar100 --epochs 1", dict(warmup_epochs=0.1, cooldown_epochs=0, lr_per="step")),
+    ("--data imagenet --batch-size 16 --epochs 20", dict(lr=5e-4 * 16 / 512, warmup_epochs=2, cooldown_epochs=0)),
 ], ids=str)
-def test_flags_name_a_model(flags, method, overrides):
-    config = configure("--device", "cpu", *flags)
-    assert (config["method"], config["overrides"], config["data"]) == (method, overrides, "numbers")
+def test_flags_give_a_configuration_and_a_name(files, flags, expected):
+    """A short run warms up by the step; ImageNet's learning rate follows the batch."""
+    config = configure("--device", "cpu", "--data-dir", files, *flags.split())
+    assert expected.items() <= config.items()
+    label = "-".join([config["method"], *(f"{name}={value}" for name, value in expected.get("overrides", {}).items())])
     folder = train.run_folder(dict(name=None, runs=Path("r")), config)
-    assert folder == Path("r", method + "".join(f"-{k}={v}" for k, v in overrides.items()) + "-vit-nano-numbers-seed0")
+    assert folder == Path("r", f"{label}-{config['model']}-{config['data']}-seed0")
 
 
 def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
@@ -1046,16 +1052,6 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
         changed = {key for key in config if config[key] != standard[key]}
         assert changed <= {name, "warmup_epochs"}                               # the warm-up follows the epochs
         assert not torch.equal(weights, standard_weights), name
-
-
-def test_warm_up_follows_the_epochs_and_imagenets_lr_the_batch(files):
-    flags = ["--data", "cifar100", "--device", "cpu"]
-    keys = ("warmup_epochs", "cooldown_epochs", "lr_per")
-    assert [configure(*flags)[key] for key in keys] == [10, 10, "epoch"]
-    assert [configure(*flags, "--epochs", 15)[key] for key in keys] == [1.5, 1, "step"]
-    assert [configure(*flags, "--epochs", 1)[key] for key in keys] == [0.1, 0, "step"]
-    deit = configure("--data", "imagenet", "--data-dir", files, "--batch-size", 16, "--epochs", 20)
-    assert [deit[key] for key in ("lr", *keys)] == [5e-4 * 16 / 512, 2, 0, "step"]
 
 
 def test_defaults_follow_the_device(monkeypatch):
@@ -1125,8 +1121,7 @@ def test_init_from_a_plain_vits_weights(cli, tmp_path):
         assert f"starts from {start}, {says}with its head\n" in ok(cli("--method", method, "--init", start, *flags)).out
         expected = load_weights(create("vit-nano", method), start, from_plain=True).state_dict()
         torch.testing.assert_close(load(tmp_path / "tuned")["model"], dict(expected), rtol=0, atol=0)
-    one_line(cli("--method", "mpvg", "--init", tmp_path / "default", "--freeze", "--name", "probe"),
-             "leave out --freeze")
+    one_line(cli("--init", tmp_path / "default", "--freeze", "--name", "probe"), "leave out --freeze")
 
 
 def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
@@ -1351,24 +1346,20 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     for module, name in ((train, "fit"), (subprocess, "run"), (bench, "run_table")):
         monkeypatch.setattr(module, name, None)
     program, *flags = command.split()
-    start = dict(train=(train.main, "--data", "numbers"), sweep=(train.main, "sweep"), bench=(bench.main,))[program]
-    result = run_cli(*start, "--device", "cpu", *flags)
+    main = dict(train=[train.main], sweep=[train.main, "sweep"], bench=[bench.main])[program]
+    result = run_cli(*main, "--device", "cpu", *flags)
     one_line(result, says)
     assert result.out == ""
 
 
 @pytest.mark.parametrize("program, where, error, says", [
-    (train, "train_run", "CUDA out of memory. Tried to allocate 20 GiB",
-     "out of memory: raise --accumulate, or lower --batch-size"),
-    (train, "train_run", "DefaultCPUAllocator: can't allocate memory: you tried", "out of memory: raise --accumulate"),
-    (train, "train_run", "DataLoader worker (pid 7) is killed by signal: Killed.",
-     "a worker was killed, perhaps for lack of"),
-    (train, "train_run", "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx",
-     "torch.compile needs a C++ compiler: install g++, or use --compile off"),
-    (train, "train_run", "Failed to find C compiler. Please specify via CC", "torch.compile needs a C++ compiler"),
+    (train, "train_run", "CUDA out of memory. Tried", "out of memory: raise --accumulate, or lower --batch-size"),
+    (train, "train_run", "DefaultCPUAllocator: can't allocate memory: you", "out of memory: raise --accumulate"),
+    (train, "train_run", "DataLoader worker (pid 7) is killed by signal", "a worker was killed, perhaps for lack of"),
+    (train, "train_run", "No working C++ compiler", "torch.compile needs a C++ compiler: install g++, or use --compile off"),
+    (train, "train_run", "Failed to find C compiler. Please specify", "torch.compile needs a C++ compiler"),
     (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),
-    (bench, "make_contestant", "CUDA out of memory. Tried to allocate 1 TB",
-     "inference-eager: default failed: CUDA out of memory. Tried to allocate 1 TB: lower --batch")])
+    (bench, "make_contestant", "CUDA out of memory", "inference-eager: default failed: CUDA out of memory: lower --b")])
 def test_lack_of_memory_or_of_a_compiler_is_one_line(tmp_path, monkeypatch, program, where, error, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, where, Mock(side_effect=RuntimeError(error)))  # CUDA's is one, too
@@ -1383,10 +1374,8 @@ def test_lack_of_memory_or_of_a_compiler_is_one_line(tmp_path, monkeypatch, prog
     (lambda root: (root / "val").rename(root / "test"), "does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
 ])
 def test_a_folder_that_is_no_imagenet_is_refused(files, cli, tmp_path, damage, says):
-    shutil.copytree(files, tmp_path / "copy")
-    damage(tmp_path / "copy")
-    flags = ["--model", "vit-nano", "--image-size", 32, "--batch-size", 12, "--epochs", 1]
-    one_line(cli("--data-dir", tmp_path / "copy", *flags, data="imagenet"), says)
+    damage(root := shutil.copytree(files, tmp_path / "copy"))
+    one_line(cli("--data-dir", root, data="imagenet"), says)
 
 
 # ----------------------------------------------------------------------------- train.py: sweep, report, accelerators
@@ -1443,9 +1432,6 @@ def test_the_table_of_finished_runs(tmp_path):
     assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00 (n=1)", "60.00", "3100", "3,743,588", ""]
     assert rows[-3] == ["method", "n", "last epoch %", "best epoch %", "seconds", "parameters"]  # no empty columns
     assert rows[-1] == ["pvg", "1", "20.00", "20.00", "3100", "3,742,564"]
-    titles = [line for line in result.out.splitlines() if line.startswith("vit-lite")]
-    first = "vit-lite, cifar100, 310 epochs, bf16"
-    assert titles == [first, f"{first}, fraction 0.5, freeze True"]
     assert max(map(len, result.out.splitlines())) <= 110
     result = ok(report(tmp_path, *folders, tmp_path / "figures", "--base", "mpvg"))
     rows = rows_of(result.out)
@@ -1921,16 +1907,15 @@ def test_bench_flags_have_their_effect(monkeypatch):
     installed = dict(torchvision="1", timm="1")
     monkeypatch.setattr(bench, "util", SimpleNamespace(find_spec=installed.get))
     monkeypatch.setattr(bench, "metadata", SimpleNamespace(version=installed.get))
-    seen = {}
-    monkeypatch.setattr(bench, "run_table", lambda table, names, setup: seen.update({table: (names, setup)}) or dict(
-        rows=[], notes=[], attention=None, matmul_flops=1.0, copy_bytes=1.0))
+    empty = dict(rows=[], notes=[], attention=None, matmul_flops=1.0, copy_bytes=1.0)
+    monkeypatch.setattr(bench, "run_table", run_table := Mock(return_value=empty))
 
     def settings(*flags):
         """-> the tables and contestants that the command would time, and how."""
-        seen.clear()
+        run_table.reset_mock()
         ok(run_cli(bench.main, "--device", "cpu", *flags))
-        names, setup = next(iter(seen.values()))
-        return SimpleNamespace(tables=[*seen], names=names, **vars(setup))
+        tables, (names, *_), (setup, *_) = zip(*(call.args for call in run_table.call_args_list))
+        return SimpleNamespace(tables=[*tables], names=names, **vars(setup))
 
     default, quick = settings(), settings("--quick")
     assert default.names == ["default", "gap", "lape", "pvg", "mpvg", "mpvg-folded", "torchvision", "timm", "timm gap"]
