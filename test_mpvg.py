@@ -475,19 +475,6 @@ def test_load_weights_runs_no_code(tmp_path, capsys):
     assert "code in a checkpoint ran" not in capsys.readouterr().out
 
 
-def test_load_weights_names_every_misfit_and_loads_nothing():
-    model, state = tiny("mpvg"), tiny("mpvg", seed=3).state_dict()
-    logits = model(images())
-    misshapen = state | {"pos_embed": torch.zeros(16), "norm.bias": torch.zeros(3)}
-    del state["norm.weight"], state["pos_embed"]
-    for wrong, says in (
-            (state | {"surplus": torch.zeros(1)}, "missing pos_embed; missing norm.weight; unexpected surplus"),
-            (misshapen, "pos_embed is (16,), the model's (1, 6, 16); norm.bias is (3,), the model's (16,)")):
-        with pytest.raises(ValueError, match=re.escape(f"see load_weights' new_head and from_plain): {says}") + "$"):
-            load_weights(model, wrong)
-    assert torch.equal(model(images()), logits)
-
-
 @pytest.mark.parametrize("method", ["default", "mpvg-free"])
 @pytest.mark.parametrize("old, new, untold", [
     ((2, 2), (2, 3), ""), ((2, 3), (4, 4), "fits 0 of the grids [(2, 2), (4, 4)]"), ((2, 3), (3, 2), ""),
@@ -526,14 +513,23 @@ def test_load_weights_starts_a_gap_model_from_a_plain_vits_weights(start, method
     assert torch.equal(larger.pos_embed, resize_pos_embed(p["pos_embed"], (2, 3), (4, 4)))
 
 
-def test_from_plain_refuses_other_models():
-    for model in (tiny("default"), tiny("lape-gap")):
-        with pytest.raises(ValueError, match="a plain ViT's weights fit models with pool='gap' and pos_0"):
-            load_weights(model, tiny("default").state_dict(), from_plain=True)
-    with pytest.raises(ValueError, match="missing pos_embed$"):                 # weights without a PE
-        load_weights(tiny("gap"), tiny(None, pe="none").state_dict(), from_plain=True)
-    with pytest.raises(ValueError, match="missing blocks.0.pe_norm.weight"):
-        load_weights(tiny("mpvg", layer0=True), tiny("pvg").state_dict(), from_plain=True)
+def test_load_weights_names_every_misfit_and_loads_nothing():
+    state, plain = tiny("mpvg", seed=3).state_dict(), tiny("default", seed=3).state_dict()
+    misshapen = state | {"pos_embed": torch.zeros(16), "norm.bias": torch.zeros(3)}
+    other = {name: state[name] for name in state if name not in ("norm.weight", "pos_embed")} | {"y": torch.zeros(1)}
+    no_gap = "a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg"
+    for model, source, from_plain, says in (
+            (tiny(), other, False, "new_head and from_plain): missing pos_embed; missing norm.weight; unexpected y"),
+            (tiny(), misshapen, False, "new_head and from_plain): pos_embed is (16,), the model's (1, 6, 16); "
+             "norm.bias is (3,), the model's (16,)"),
+            (tiny("gap"), tiny(None, pe="none").state_dict(), True, "from_plain): missing pos_embed"),
+            (tiny(layer0=True), tiny("pvg").state_dict(), True,
+             "from_plain): missing blocks.0.pe_norm.weight; missing blocks.0.pe_norm.bias"),
+            (tiny("default"), plain, True, no_gap), (tiny("lape-gap"), plain, True, no_gap)):
+        logits = model(images())
+        with pytest.raises(ValueError, match=re.escape(says) + "$"):
+            load_weights(model, source, from_plain=from_plain)
+        assert torch.equal(model(images()), logits)
 
 
 # ------------------------------------------------------------------------------------------- train.py: augmentation
@@ -998,8 +994,7 @@ def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
     model, losses, accuracies = plain_loop(recipe, method, data, seed)
     assert [line["loss"] for line in log_of(folder)] == pytest.approx(losses, rel=1e-5)
     assert [line["test_accuracy"] for line in log_of(folder)] == pytest.approx(accuracies, abs=0.01)
-    for name, value in load(folder)["model"].items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(load(folder)["model"], dict(model.state_dict()), rtol=1e-3, atol=2e-4)
 
 
 def configure(*flags):
@@ -1080,9 +1075,7 @@ def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
         assert ("compiled in" in result.out) == (name == "compiled")
     assert asked == [dict(fullgraph=True, dynamic=False)]
     plain, compiled, half = (load(tmp_path / name) for name in ("plain", "compiled", "half"))
-    assert compiled["model"].keys() == plain["model"].keys()
-    for name, value in compiled["model"].items():
-        torch.testing.assert_close(value, plain["model"][name], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled["model"], plain["model"], rtol=1e-3, atol=1e-4)
     losses = [[line["loss"] for line in run["log"]] for run in (plain, half)]
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=2e-2)
 
@@ -1356,7 +1349,7 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     (train, "train_run", "CUDA out of memory. Tried", "out of memory: raise --accumulate, or lower --batch-size"),
     (train, "train_run", "DefaultCPUAllocator: can't allocate memory: you", "out of memory: raise --accumulate"),
     (train, "train_run", "DataLoader worker (pid 7) is killed by signal", "a worker was killed, perhaps for lack of"),
-    (train, "train_run", "No working C++ compiler", "torch.compile needs a C++ compiler: install g++, or use --compile off"),
+    (train, "train_run", "No working C++ compiler", "torch.compile needs a C++ compiler: install g++, or use --com"),
     (train, "train_run", "Failed to find C compiler. Please specify", "torch.compile needs a C++ compiler"),
     (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),
     (bench, "make_contestant", "CUDA out of memory", "inference-eager: default failed: CUDA out of memory: lower --b")])
@@ -1386,7 +1379,7 @@ def rows_of(text):
             for line in text.splitlines() if line.startswith("| ")]
 
 
-def write_run(folder, accuracies, mechanism=None, finished=True, **changes):
+def write_run(folder, accuracies, finished=True, **changes):
     """A run's folder as train.py leaves it, without weights."""
     folder.mkdir(parents=True)
     config = dict(data="cifar100", model="vit-lite", method="mpvg", overrides={}, seed=0, fraction=1.0, init=None,
@@ -1396,8 +1389,6 @@ def write_run(folder, accuracies, mechanism=None, finished=True, **changes):
     log = [dict(epoch=i + 1, test_accuracy=a, loss=1.0, seconds=10.0 * (i + 1)) for i, a in enumerate(accuracies)]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    if mechanism:
-        (folder / "mechanism.json").write_text(json.dumps(mechanism))
 
 
 def report(tmp_path, *folders_and_flags, draw=False):
@@ -1728,13 +1719,9 @@ def sizes(model, **overrides):
 def quick(monkeypatch):
     """A small model, and torch.compile with Dynamo but without Inductor; the list holds the options of each call."""
     compile_, calls = torch.compile, []
-
-    def compile_without_inductor(function, **options):
-        calls.append(options)
-        return compile_(function, backend="eager", fullgraph=options["fullgraph"], dynamic=options["dynamic"])
-
     monkeypatch.setitem(MODELS, "vit-nano", SMALL)
-    monkeypatch.setattr(torch, "compile", compile_without_inductor)
+    monkeypatch.setattr(torch, "compile", lambda function, *, mode, **options: (
+        calls.append(options | dict(mode=mode)) or compile_(function, backend="eager", **options)))
     return calls
 
 
