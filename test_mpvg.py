@@ -2088,32 +2088,29 @@ def commands(text):
 
 
 def test_the_commands_of_the_texts_are_accepted(files, tmp_path, monkeypatch):
-    """Those of README, guide, train.py and bench.py; nothing is trained or timed here."""
+    """Those of README, guide, train.py and bench.py, up to where the work begins."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train_run", started := Mock(side_effect=SystemExit))
-    monkeypatch.setattr(bench, "run_table", started)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr=""))
+    begin = Mock(side_effect=SystemExit)
+    for module, name in ((train, "train_run"), (train, "load_checkpoint"), (train, "read_run"), (bench, "run_table")):
+        monkeypatch.setattr(module, name, begin)
     given = [commands(text) for text in (README, GUIDE, train.__doc__, bench.__doc__)]
     for program, *arguments in itertools.chain(*given):
-        if arguments[:1] in (["eval"], ["report"]):
-            train.typer.main.get_command(train.app).commands[arguments[0]].make_context("train.py", arguments[1:])
-        else:
-            result = run_cli(dict(train=train, bench=bench)[program].main,
-                             *[str(files) if word in ("DIR", "digits") else word for word in arguments])
-            assert result.code == 0 or "runs failed: " in result.err, (arguments, result.err)
-    assert min(map(len, given)) > 2 and started.call_count > 15
+        begin.reset_mock()
+        ok(run_cli(dict(train=train, bench=bench)[program].main,
+                   *[str(files) if word in ("DIR", "digits") else word for word in arguments]))
+        assert begin.called, arguments
+    assert min(map(len, given)) > 2
 
 
 def test_links_lead_to_files_and_headings():
-    def read(path):
-        return re.sub("```.*?```", "", path.read_text(), flags=re.S)            # in code, # is a comment
-
-    for document in (ROOT / "README.md", *ROOT.glob("results/*.md")):
-        for name, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", read(document)):
-            path = document.parent / name if name else document
-            headings = re.findall(r"^#+ (.*)", read(path), re.M) if anchor else []
-            assert path.exists(), (document, name)
-            assert not anchor or anchor in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+    texts = {path: re.sub("```.*?```", "", path.read_text(), flags=re.S)        # in code, # begins a comment
+             for path in (ROOT / "README.md", *ROOT.glob("results/*.md"))}
+    for document, text in texts.items():
+        for name, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text):
+            path = Path(os.path.normpath(document.parent / name)) if name else document
+            headings = re.findall("^#+ (.*)", texts.get(path, ""), re.M)
+            anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+            assert path.exists() and (not anchor or anchor in anchors), (document, name, anchor)
 
 
 def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
