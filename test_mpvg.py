@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -409,8 +409,7 @@ def test_a_seed_gives_all_methods_the_same_weights():
     (dict(heads=True), "heads=True is not a positive"),
     (dict(norm_eps=math.nan), "norm_eps=nan is not a positive number"),
     (dict(drop_path=1.0), "drop_path=1.0 is not in [0, 1)"),
-    (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none"),
-], ids=str)
+    (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none")])
 def test_impossible_options_say_what_to_do(options, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         ViT(**{**TINY, **options})
@@ -1014,8 +1013,7 @@ def configure(*flags):
     ("--data cifar100", dict(warmup_epochs=10, cooldown_epochs=10, lr_per="epoch")),
     ("--data cifar100 --epochs 15", dict(warmup_epochs=1.5, cooldown_epochs=1, lr_per="step")),
     ("--data cifar100 --epochs 1", dict(warmup_epochs=0.1, cooldown_epochs=0, lr_per="step")),
-    ("--data imagenet --batch-size 16 --epochs 20", dict(lr=5e-4 * 16 / 512, warmup_epochs=2, cooldown_epochs=0)),
-], ids=str)
+    ("--data imagenet --batch-size 16 --epochs 20", dict(lr=5e-4 * 16 / 512, warmup_epochs=2, cooldown_epochs=0))])
 def test_flags_give_a_configuration_and_a_name(files, flags, expected):
     """A short run warms up by the step; ImageNet's learning rate follows the batch."""
     config = configure("--device", "cpu", "--data-dir", files, *flags.split())
@@ -1227,10 +1225,9 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     path = Path(shutil.copytree(trained[0], folder)) / "last.pt"
     saved, says = load(folder), f"error: {path} cannot be used as a checkpoint of this train.py ("
     config = saved["config"]
-    for contents in (
-            saved["model"], saved | dict(config={key: config[key] for key in config if key != "flip"}),
-            saved | dict(config=config | dict(method="lape")), saved | dict(log=[]),
-            saved | dict(optimizer=saved["optimizer"] | dict(state={}))):
+    for contents in (saved["model"], saved | dict(config={key: config[key] for key in config if key != "flip"}),
+                     saved | dict(config=config | dict(method="lape")), saved | dict(log=[]),
+                     saved | dict(optimizer=saved["optimizer"] | dict(state={}))):
         torch.save(contents, path)
         one_line(evaluation(folder), says)
     path.write_bytes(path.read_bytes()[:5000])
@@ -1329,8 +1326,7 @@ def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli
     ("bench --tables training", "--tables: unknown 'training'"),
     ("bench --mode reduce-overhead", "--mode: reduce-overhead uses CUDA graphs"),
     ("bench --json .", "--json"),
-    (f"bench --json {'x' * 300}", "error: [Errno "),
-], ids=str)
+    (f"bench --json {'x' * 300}", "error: [Errno ")])
 def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     """Before anything is trained, started, timed or printed."""
     monkeypatch.chdir(tmp_path)
@@ -1353,8 +1349,7 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     (train, "train_run", "Failed to find C compiler. Please specify", "torch.compile needs a C++ compiler"),
     (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),
     (bench, "make_contestant", "CUDA out of memory", "inference-eager: default failed: CUDA out of memory: lower --b")])
-def test_lack_of_memory_or_of_a_compiler_is_one_line(tmp_path, monkeypatch, program, where, error, says):
-    monkeypatch.chdir(tmp_path)
+def test_lack_of_memory_or_of_a_compiler_is_one_line(monkeypatch, program, where, error, says):
     monkeypatch.setattr(program, where, Mock(side_effect=RuntimeError(error)))  # CUDA's is one, too
     one_line(run_cli(program.main, "--device", "cpu", *["--quick"] * (program is bench)), f"error: {says}")
 
@@ -1364,8 +1359,7 @@ def test_lack_of_memory_or_of_a_compiler_is_one_line(tmp_path, monkeypatch, prog
     (lambda root: [shutil.rmtree(root / split / name) for split in ("train", "val") for name in "ab"],
      "need the same classes, two or more; they have 1 and 1, in one of them only: none"),
     (lambda root: [path.unlink() for path in (root / "val" / "c").iterdir()], "Found no valid file for the classes c"),
-    (lambda root: (root / "val").rename(root / "test"), "does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG"),
-])
+    (lambda root: (root / "val").rename(root / "test"), "does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG")])
 def test_a_folder_that_is_no_imagenet_is_refused(files, cli, tmp_path, damage, says):
     damage(root := shutil.copytree(files, tmp_path / "copy"))
     one_line(cli("--data-dir", root, data="imagenet"), says)
@@ -1414,14 +1408,14 @@ def test_the_table_of_finished_runs(tmp_path):
     for left_out in ("e", "other"):
         assert f"note: {tmp_path / left_out} is left out: it holds no finished run" in result.err
     rows = rows_of(result.out)
-    assert rows[0] == ["method", "n", "last epoch %", "minus default", "best epoch %", "seconds", "parameters",
-                       "paper %"]
+    head = ["method", "n", "last epoch %", "minus default", "best epoch %", "seconds", "parameters", "paper %"]
+    assert rows[0] == head
     assert rows[2] == ["default", "3", "71.00 +- 1.00", "", "80.00", "3100", "3,740,004", "74.90"]
     assert rows[3] == ["lape", "2", "74.00 +- 0.00", "+4.00, +3.00 (n=2)", "74.00", "3100", "3,743,588", "75.52"]
     half = 4.303 * np.std([3, 2.5, 3.5], ddof=1) / 3 ** 0.5
     assert rows[4] == ["mpvg", "3", "74.00 +- 1.32", f"+3.00 +- {half:.2f}", "74.00", "3100", "3,743,076", "76.87"]
     assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00 (n=1)", "60.00", "3100", "3,743,588", ""]
-    assert rows[-3] == ["method", "n", "last epoch %", "best epoch %", "seconds", "parameters"]  # no empty columns
+    assert rows[-3] == head[:3] + head[4:7]                                     # no empty columns
     assert rows[-1] == ["pvg", "1", "20.00", "20.00", "3100", "3,742,564"]
     assert max(map(len, result.out.splitlines())) <= 110
     result = ok(report(tmp_path, *folders, tmp_path / "figures", "--base", "mpvg"))
@@ -1570,8 +1564,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
 
 
 def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
-    """It lists what differs from the recipe, without a short run's warm-up. Weights of --init that have each run's own
-    method and seed are one setting, as are the same for all runs. Each setting has its figures."""
+    """What differs from the recipe is listed. Weights of the run's own method and seed are one setting for all runs."""
     figure, drawn = pytest.importorskip("matplotlib.figure"), {}
     monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path, **_: path.touch() or drawn.update({
         (path.parent.name, path.stem): [text.get_text() for key in figure.legends for text in key.get_texts()]}))
@@ -1643,16 +1636,13 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_a_sweep(tmp_path, monkeypatch):
-    started = []
-
-    def interrupt(command, **_):
-        started.append(command)
+    def interrupt(*_, **__):
         time.sleep(0.1)                                                         # the others are cancelled meanwhile
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(subprocess, "run", interrupt)
+    monkeypatch.setattr(subprocess, "run", started := Mock(side_effect=interrupt))
     one_line(sweep("--runs", tmp_path), "stopped: run the same command to continue")
-    assert len(started) < 3                                                     # of 12: no others were begun
+    assert started.call_count < 3                                               # of 12: no others were begun
 
 
 def test_every_command_has_help():
@@ -1772,13 +1762,12 @@ def test_peers_are_models_of_the_same_size(name, qkv_bias):
 
 def timed(name, pool, seconds, work=0):
     one = bench.Contestant(name, None, pool, work)
-    one.seconds = seconds
-    one.facts = dict(memory_bytes=2 ** 20, compile_seconds=None, attention=None)
+    one.seconds, one.facts = seconds, dict(memory_bytes=2 ** 20, compile_seconds=None, attention=None)
     return one
 
 
-def summary(training=False, copy=(1.0, 2.0, 4.0), matmul=(0.01, 0.02, 0.04), **seconds):
-    limits = timed("copy", "", [*copy], 2 * 4 * 2 ** 26), timed("matmul", "", [*matmul], 2 * 2048 ** 3)
+def summary(training=False, **seconds):
+    limits = timed("copy", "", [1.0, 2.0, 4.0], 2 * 4 * 2 ** 26), timed("matmul", "", [0.01, 0.02, 0.04], 2 * 2048 ** 3)
     contestants = [timed(name.replace("_", " "), "cls" if name in ("default", "lape", "torchvision", "timm") else "gap",
                          values) for name, values in seconds.items()]
     setup = SimpleNamespace(sizes=sizes("vit-nano"), batch=2, dtype=torch.float32)
@@ -2123,10 +2112,9 @@ def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
     ok(cli(*flags, "--epochs", 1, data="imagenet"))
 
 
-def test_the_readmes_names_and_tables():
+def test_names_and_numbers_of_the_texts():
     for name in re.findall(r"`((?:ViT|Block|Attention)\.\w+)`", README):
-        cls, _, function = name.partition(".")
-        assert callable(getattr(getattr(mpvg, cls), function))
+        assert callable(reduce(getattr, name.split("."), mpvg))
     assert f"version = {{{mpvg.__version__}}}" in README
     methods = {row[0].strip("`"): row for row in rows_of(README) if len(row) == 6 and row[0].strip("`") in METHODS}
     for name, row in methods.items():
@@ -2143,9 +2131,6 @@ def test_the_readmes_names_and_tables():
     last = [log_of(ROOT / f"results/numbers/mpvg-vit-nano-numbers-seed{seed}")[-1] for seed in range(3)]
     reached = "{:.2f}, {:.2f} and {:.2f}".format(*(line["test_accuracy"] for line in last))
     assert f"seeds 0 to 2 reached {reached} % test accuracy" in " ".join(README.split())
-
-
-def test_benchmarks_tables_are_those_of_their_json():
     for path in ROOT.glob("results/bench/*.json"):
         for item in json.loads(path.read_text())["tables"].items():
             assert bench.as_text(*item) in path.with_suffix(".txt").read_text(), path
