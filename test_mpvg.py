@@ -1013,7 +1013,7 @@ def configure(*flags):
     ("--data cifar100", dict(warmup_epochs=10, cooldown_epochs=10, lr_per="epoch")),
     ("--data cifar100 --epochs 15", dict(warmup_epochs=1.5, cooldown_epochs=1, lr_per="step")),
     ("--data cifar100 --epochs 1", dict(warmup_epochs=0.1, cooldown_epochs=0, lr_per="step")),
-    ("--data imagenet --batch-size 16 --epochs 20", dict(lr=5e-4 * 16 / 512, warmup_epochs=2, cooldown_epochs=0))])
+    ("--data imagenet --batch-size 512 --epochs 20", dict(lr=5e-4, warmup_epochs=2, cooldown_epochs=0, lr_per="step"))])
 def test_flags_give_a_configuration_and_a_name(files, flags, expected):
     """A short run warms up by the step; ImageNet's learning rate follows the batch."""
     config = configure("--device", "cpu", "--data-dir", files, *flags.split())
@@ -1345,10 +1345,10 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     (train, "train_run", "CUDA out of memory. Tried", "out of memory: raise --accumulate, or lower --batch-size"),
     (train, "train_run", "DefaultCPUAllocator: can't allocate memory: you", "out of memory: raise --accumulate"),
     (train, "train_run", "DataLoader worker (pid 7) is killed by signal", "a worker was killed, perhaps for lack of"),
-    (train, "train_run", "No working C++ compiler", "torch.compile needs a C++ compiler: install g++, or use --com"),
+    (train, "train_run", "No working C++ compiler", "torch.compile needs a C++ compiler: install g++, or use"),
     (train, "train_run", "Failed to find C compiler. Please specify", "torch.compile needs a C++ compiler"),
     (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),
-    (bench, "make_contestant", "CUDA out of memory", "inference-eager: default failed: CUDA out of memory: lower --b")])
+    (bench, "make_contestant", "CUDA out of memory", "inference-eager: default failed: CUDA out of memory: lower")])
 def test_lack_of_memory_or_of_a_compiler_is_one_line(monkeypatch, program, where, error, says):
     monkeypatch.setattr(program, where, Mock(side_effect=RuntimeError(error)))  # CUDA's is one, too
     one_line(run_cli(program.main, "--device", "cpu", *["--quick"] * (program is bench)), f"error: {says}")
@@ -1564,7 +1564,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
 
 
 def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
-    """What differs from the recipe is listed. Weights of the run's own method and seed are one setting for all runs."""
+    """What differs from the recipe is listed; --init from weights of each run's own method and seed is one setting."""
     figure, drawn = pytest.importorskip("matplotlib.figure"), {}
     monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path, **_: path.touch() or drawn.update({
         (path.parent.name, path.stem): [text.get_text() for key in figure.legends for text in key.get_texts()]}))
