@@ -1161,14 +1161,17 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
         process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run_cli(train.main, *flags).code))
         process.start()                                                         # a fork has the small data
         os.setpgid(process.pid, process.pid)                                    # to kill its workers with it
-        until = epochs() + random.choice((0, 1))
-        while process.is_alive() and epochs() < until:
+        until, limit = epochs() + random.choice((0, 1)), time.monotonic() + 60
+        while process.is_alive() and epochs() < until and time.monotonic() < limit:
             time.sleep(0.01)
         time.sleep(seconds / 5 * random.random())                               # within the next epoch, more or less
         if process.is_alive():
             if len(ends) == 1:                                                  # nobody else may train there
                 one_line(cli(*flags, data=data), "another process is training in")
             os.killpg(process.pid, (signal.SIGKILL, signal.SIGINT)[len(ends) % 2])
+        process.join(60)
+        if process.is_alive():                                                  # a fork can hang
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         ends.append(process.exitcode)
         assert len(ends) < 60
@@ -1208,7 +1211,8 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
         patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
         one_line(cli(*flags, "--overwrite"), "best.pt cannot be written (No space left on device); earlier files")
         patch.setattr(train, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
-        for more, advice in ((["--overwrite"], "; otherwise repeat --overwrite"), (["--name", "new"], "")):
+        old = "; if not, the old run is still there: repeat --overwrite"
+        for more, advice in ((["--overwrite"], old), (["--name", "new"], "")):
             result = cli(*flags, *more)
             assert result.code == 130 and result.out.endswith(
                 f"\nstopped: --resume continues after the last finished epoch, if there is one{advice}\n")
@@ -1671,10 +1675,12 @@ def test_an_accelerator_computes_what_the_cpu_does(accelerator):
             assert (x - y.cpu()).abs().mean() < 0.005                           # a level of 255 is 0.014
 
 
-def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(accelerator, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision, rel", [("fp32", 1e-3), ("bf16", 1e-2)])
+def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(accelerator, tmp_path, monkeypatch,
+                                                                               precision, rel):
     def losses(name, *flags, code=0):
         result = run_cli(train.main, "--data", "cifar100", "--model", "vit-nano", "--epochs", 3, "--batch-size", 40,
-                         "--lr", 0.01, "--precision", "fp32", "--device", accelerator, "--runs", tmp_path,
+                         "--lr", 0.01, "--precision", precision, "--device", accelerator, "--runs", tmp_path,
                          "--name", name, *flags)
         assert result.code == code, result.err
         return [line["loss"] for line in log_of(tmp_path / name)]
@@ -1686,14 +1692,14 @@ def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(a
     modes = ("off", "on", "graphs") if accelerator.type == "cuda" else ("off",)
     plain = losses("plain")
     for mode in modes:
-        assert losses(mode, "--compile", mode) == pytest.approx(plain, rel=1e-3)
+        assert losses(mode, "--compile", mode) == pytest.approx(plain, rel=rel)
         flags = "--compile", mode, "--method", "mpvg:attn_drop=0.5:drop_path=0.5"
         whole = losses(f"{mode}-whole", *flags)
         with monkeypatch.context() as patch:
             patch.setattr(train, "save_checkpoint", save_and_stop)
             assert len(losses(f"{mode}-resumed", *flags, code=130)) == 1
-        assert losses(f"{mode}-resumed", *flags, "--resume") == pytest.approx(whole, rel=1e-4)
-        assert whole != pytest.approx(plain, rel=1e-3)                          # dropout was on
+        assert losses(f"{mode}-resumed", *flags, "--resume") == pytest.approx(whole, rel=rel / 10)
+        assert whole != pytest.approx(plain, rel=1e-5)                          # dropout was on
 
 
 # ------------------------------------------------------------------------------------------------------------ bench.py
@@ -2091,10 +2097,11 @@ def test_the_commands_of_the_texts_are_accepted(files, tmp_path, monkeypatch):
     assert min(map(len, given)) > 2
 
 
-def test_links_lead_to_files_and_headings():
+def test_links_lead_to_files_and_headings_and_code_blocks_begin_a_line():
     texts = {path: re.sub("```.*?```", "", path.read_text(), flags=re.S)        # in code, # begins a comment
              for path in (ROOT / "README.md", *ROOT.glob("results/*.md"))}
     for document, text in texts.items():
+        assert "```" not in text and not re.search("[^\\s>].*```", document.read_text()), document
         for name, anchor in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", text):
             path = Path(os.path.normpath(document.parent / name)) if name else document
             headings = re.findall("^#+ (.*)", texts.get(path, ""), re.M)

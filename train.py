@@ -1027,7 +1027,7 @@ def train_command(
         train_run(flags, config, folder, device)
     except KeyboardInterrupt:
         print_main("\nstopped: --resume continues after the last finished epoch, if there is one"
-                   + "; otherwise repeat --overwrite" * overwrite)
+                   + "; if not, the old run is still there: repeat --overwrite" * overwrite)
         raise SystemExit(130) from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1303,7 +1303,7 @@ def results_table(title, by_method, base=None):
     for name, runs in by_method.items():
         logs = [run.log for run in runs.values()]
         differences = [run.log[-1]["test_accuracy"] - others[seed].log[-1]["test_accuracy"]
-                 for seed, run in runs.items() if name != reference and seed in others]
+                       for seed, run in runs.items() if name != reference and seed in others]
         unpaired = 0 < len(differences) < max(len(runs), len(others))
         rows.append([
             name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]),
