@@ -5,8 +5,8 @@
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
 Each round times the machine's limits (a large copy, a matrix product), then all contestants of a table in random
-order. A ratio is the median of the rounds' ratios, so a slowdown of the machine affects all of them alike. From top to
-bottom: models, contestants, tables, command line.
+order. A slowdown of the machine affects all of a round alike and cancels in its ratios; their median is reported. From
+top to bottom: models, contestants, tables, command line.
 """
 import ctypes
 import itertools
@@ -280,7 +280,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded: after fold(). all: folded and not.",
+    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded: after fold(). all: each, and folded.",
                         default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PACKAGES)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),

@@ -226,7 +226,7 @@ def warn(path, reason):
 class FolderData(Dataset):
     """Image files, (path, label) each, that worker processes decode and crop.
 
-    unreadable: how many crops of the last epoch met a file that could not be decoded.
+    unreadable: how often a file could not be decoded in the last epoch.
     crop_scale: least area of a random resized crop; None for testing: the short side is resized to size / crop_ratio
     and the centre cropped. A crop depends on its seed only, not on the process that makes it.
     """
@@ -538,7 +538,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # no crop's seed, even modulo a CPU's 2**32
+        noise_seed = seed + 2**31 + rank                             # not the crops', also in the 32 bits a CPU takes
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -762,7 +762,7 @@ def load_checkpoint(path):
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
-        setting(checkpoint["config"])                                # only to fail where a value is missing
+        setting(checkpoint["config"])                                # for its error where a value is missing
         model = load_weights(build_model(checkpoint["config"]), checkpoint["model"])
         if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
             raise ValueError("it holds no finished epoch")
@@ -840,7 +840,7 @@ def parse_assignments(option, text, separator, names):
 
 
 def choose_device(name):
-    """-> torch.device of --device. Also allows TF32 on CUDA. Opens no GPU: a sweep would keep its memory."""
+    """-> torch.device of --device; sets what CUDA may use. Does not initialise it: a sweep would hold GPU memory."""
     accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
@@ -850,6 +850,7 @@ def choose_device(name):
         device = torch.device("cuda", LOCAL_RANK)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                   # TF32 where the precision is fp32
+        torch.backends.cuda.enable_cudnn_sdp(False)                  # cuDNN's attention may round dropout to sixteenths
     if device.type != "cpu" and (device.type != accelerator or (device.index or 0) >= torch.accelerator.device_count()):
         refuse("device", f"{device} is not available on this machine: choose cpu, or leave it out")
     return device
@@ -857,7 +858,7 @@ def choose_device(name):
 
 def default_precision(device):
     """-> "bf16" where the GPU computes in it natively, else "fp32"."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 8
     return "bf16" if native else "fp32"
 
 
@@ -894,7 +895,7 @@ def recipe_for(data, **changes):
 
 
 def configure(flags):
-    """Flags (None: not given) -> the run's configuration: plain values that decide its result, with all of Recipe's."""
+    """Flags (None: not given) -> the run's configuration: plain values that decide its result, all of Recipe's too."""
     device = choose_device(flags["device"])
     cuda = device.type == "cuda"
     data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
@@ -1015,19 +1016,17 @@ def train_command(
         return
     if resume and overwrite:
         refuse("resume", "it continues a run and --overwrite replaces it: choose one")
-    device = choose_device(device)
+    config, device = configure(flags), choose_device(device)
+    folder = run_folder(flags, config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)                  # which may round dropout to sixteenths
-    config = configure(flags)
-    folder = run_folder(flags, config)
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         train_run(flags, config, folder, device)
     except KeyboardInterrupt:
         print_main("\nstopped: --resume continues after the last finished epoch, if there is one"
-                   + "; if not, the old run is still there: repeat --overwrite" * overwrite)
+                   + "; before that, repeat --overwrite: an older run is kept until then" * overwrite)
         raise SystemExit(130) from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
@@ -1042,7 +1041,7 @@ def train_run(flags, config, folder, device):
         shared = [checkpoint]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
         checkpoint = shared[0]
-    my_turn = (RANK > 0) + (LOCAL_RANK > 0)                          # one process downloads, then one on each machine
+    my_turn = (RANK > 0) + (LOCAL_RANK > 0)                          # one downloads, one on each machine, the rest
     for turn in range(3):
         if turn == my_turn:
             data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
@@ -1130,7 +1129,7 @@ def sweep(
         arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         flags = common.params | dict(method=method, seed=seed)
         config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
-        if not flags["precision"]:                                   # each run asks its GPU; a sweep opens none
+        if not flags["precision"]:                                   # each run asks its GPU; see choose_device
             del config["precision"]
         planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
     if jobs > 1 and (load := DATASETS[config["data"]].load):
