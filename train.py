@@ -1041,7 +1041,7 @@ def train_run(flags, config, folder, device):
         shared = [checkpoint]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
         checkpoint = shared[0]
-    my_turn = (RANK > 0) + (LOCAL_RANK > 0)                          # one downloads, one on each machine, the rest
+    my_turn = (RANK > 0) + (LOCAL_RANK > 0)                          # turns: one process, one per machine, the rest
     for turn in range(3):
         if turn == my_turn:
             data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
