@@ -280,7 +280,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded: after fold(). all: each, and folded.",
+    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded: after fold(). all: every one, also folded.",
                         default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PACKAGES)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),

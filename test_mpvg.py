@@ -1228,7 +1228,7 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
         patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
         one_line(cli(*flags, "--overwrite"), "best.pt cannot be written (No space left on device); earlier files")
         patch.setattr(train, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
-        old = "; before that, repeat --overwrite: an older run is kept until then"
+        old = "; if not, repeat --overwrite: --resume would continue the older run"
         for more, advice in ((["--overwrite"], old), (["--name", "new"], "")):
             result = cli(*flags, *more)
             assert result.code == 130 and result.out.endswith(

@@ -538,7 +538,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # not the crops', also in the 32 bits a CPU takes
+        noise_seed = seed + 2**31 + rank                             # unlike the crops' seeds, also in a CPU's 32 bits
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -762,7 +762,7 @@ def load_checkpoint(path):
     path = path / "last.pt" if path.is_dir() else path
     try:
         checkpoint = read_checkpoint(path)
-        setting(checkpoint["config"])                                # for its error where a value is missing
+        setting(checkpoint["config"])                                # raises where a value is missing
         model = load_weights(build_model(checkpoint["config"]), checkpoint["model"])
         if not checkpoint["log"] or not checkpoint["optimizer"]["state"]:
             raise ValueError("it holds no finished epoch")
@@ -895,7 +895,7 @@ def recipe_for(data, **changes):
 
 
 def configure(flags):
-    """Flags (None: not given) -> the run's configuration: plain values that decide its result, all of Recipe's too."""
+    """Flags (None: not given) -> the run's configuration: the recipe's values and all else that decides its result."""
     device = choose_device(flags["device"])
     cuda = device.type == "cuda"
     data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
@@ -1026,7 +1026,7 @@ def train_command(
         train_run(flags, config, folder, device)
     except KeyboardInterrupt:
         print_main("\nstopped: --resume continues after the last finished epoch, if there is one"
-                   + "; before that, repeat --overwrite: an older run is kept until then" * overwrite)
+                   + "; if not, repeat --overwrite: --resume would continue the older run" * overwrite)
         raise SystemExit(130) from None
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
