@@ -188,10 +188,8 @@ def to_device(tensor, device):
 class ArrayData:
     """Images in memory, uint8 (N, 3, H, W), and labels (N,), on the device where they are augmented."""
 
-    unreadable = 0
-
     def __init__(self, images, labels, device="cpu"):
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.images, self.labels, self.unreadable = images.to(device), labels.to(device), 0
 
     def __len__(self):
         return len(self.labels)
@@ -203,9 +201,9 @@ class ArrayData:
         """
         # About 8 M pixels of whole batches: the same chunks for any number of processes.
         steps = max(1, 2**23 // (order.shape[1] * self.images.shape[2] * self.images.shape[3]))
-        for first in range(0, len(order), steps):
-            rows = to_device(order[first:first + steps, columns], self.images.device)
-            yield seeds[first], self.images[rows], self.labels[rows]
+        for seed, rows in zip(seeds[::steps], order[:, columns].split(steps)):
+            rows = to_device(rows, self.images.device)
+            yield seed, self.images[rows], self.labels[rows]
 
     def test_batches(self, start=0, stride=1, batch_size=500):
         """Yields every `stride`-th image from `start` on: images (B, 3, H, W), labels (B,)."""
@@ -223,17 +221,17 @@ def warn(path, reason):
     tqdm.write(f"warning: {path} cannot be decoded and is skipped ({reason})", sys.stderr)
 
 
+@dataclasses.dataclass
 class FolderData(Dataset):
-    """Image files, (path, label) each, that worker processes decode and crop.
-
-    unreadable: how often a file could not be decoded in the last epoch.
-    crop_scale: least area of a random resized crop; None for testing: the short side is resized to size / crop_ratio
-    and the centre cropped. A crop depends on its seed only, not on the process that makes it.
-    """
-
-    def __init__(self, samples, size, device, workers, crop_scale, bicubic, crop_ratio):
-        self.samples, self.size, self.device, self.workers, self.unreadable = samples, size, device, workers, 0
-        self.crop_scale, self.bicubic, self.crop_ratio = crop_scale, bicubic, crop_ratio
+    """Image files that worker processes decode and crop."""
+    samples: list                    # (path, label) of each image
+    size: int                        # of the square crops
+    device: torch.device             # where batches go
+    workers: int
+    crop_scale: float | None         # least area of a random crop; None for testing: the centre is cropped
+    bicubic: float                   # probability of bicubic interpolation; bilinear otherwise
+    crop_ratio: float                # for testing: the crop's side, as a share of the image's short side
+    unreadable: int = 0              # how often a file could not be decoded in the last epoch
 
     def __len__(self):
         return len(self.samples)
@@ -258,7 +256,7 @@ class FolderData(Dataset):
         raise OSError(f"{path} and the 19 files before it cannot be decoded: is the disk mounted?")
 
     def crop(self, image, seed):
-        """uint8 image (3, height, width) -> (3, size, size)."""
+        """uint8 image (3, height, width) -> (3, size, size). A random crop depends on its seed only."""
         if self.crop_scale is None:
             image = v2.resize(image, [int(self.size / self.crop_ratio)], InterpolationMode.BICUBIC)
             return v2.center_crop(image, [self.size])
@@ -280,8 +278,8 @@ class FolderData(Dataset):
     def chunks(self, order, seeds, columns):
         """See ArrayData.chunks. A chunk is one step."""
         # A crop's seed: its step's seed + 1 + its place in the whole batch, whichever process makes it.
-        plan = [[(index, seed + 1 + columns.start + place) for place, index in enumerate(row[columns].tolist())]
-                for row, seed in zip(order, seeds)]
+        crop_seeds = torch.tensor(seeds)[:, None] + 1 + torch.arange(order.shape[1])
+        plan = torch.stack([order, crop_seeds], dim=-1)[:, columns].tolist()
         for (images, labels), seed in zip(self.read_batches(plan), seeds):
             yield seed, images[None], labels[None]
 
