@@ -623,10 +623,7 @@ def capture(train_step, optimizer, example):
 
 @torch.no_grad()
 def evaluate(model, test_data, config, device):
-    """-> accuracy in percent and mean cross entropy over the test images of all processes.
-
-    Leaves the model in training mode.
-    """
+    """-> test accuracy in percent and mean loss, over all processes. Leaves the model in training mode."""
     hits, losses, size = 0.0, 0.0, None
     model.eval()
     for images, labels in test_data.test_batches(RANK, WORLD_SIZE):
@@ -731,10 +728,7 @@ def save(path, contents):
 
 
 def save_checkpoint(folder, model, optimizer, config, log):
-    """Writes a run's folder. A checkpoint holds weights, optimizer, configuration and log.
-
-    No random state is saved: each epoch seeds what it draws (see train_batches and fit).
-    """
+    """Writes a run's folder. No random state is saved: train_batches and fit seed what an epoch draws."""
     file = io.BytesIO()
     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), config=config, log=log), file)
     if log[-1] is max(log, key=lambda line: line["test_accuracy"]):  # ties keep the first
@@ -767,10 +761,7 @@ def load_checkpoint(path):
 
 
 def open_run(folder, resume, overwrite):
-    """Creates a run's folder and keeps other processes out of it until the lock is closed or this process ends.
-
-    -> the lock, and the checkpoint to resume from or None.
-    """
+    """Creates a run's folder. -> its lock, which holds until it is closed; the checkpoint to resume from, or None."""
     folder.mkdir(parents=True, exist_ok=True)
     lock, checkpoint = open(folder / ".lock", "w"), None
     try:
