@@ -783,11 +783,11 @@ def open_run(folder, resume, overwrite):
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-# The methods that --pe, --pool and --mpvg name.
+# --pe, --pool and --mpvg -> the same as --method
 METHOD_OF_FLAGS = {
     ("absolute", "cls", False): "default", ("absolute", "gap", False): "gap", ("absolute", "gap", True): "gap-last-pe",
     ("layerwise", "cls", False): "lape", ("layerwise", "gap", False): "pvg", ("layerwise", "gap", True): "mpvg",
-    ("none", "cls", False): "default", ("none", "gap", False): "gap",
+    ("none", "cls", False): "default:pe=none", ("none", "gap", False): "gap:pe=none",
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -847,14 +847,13 @@ def default_precision(device):
 
 def choose_method(flags):
     """-> a method's name, and the options of mpvg.ViT that override its own."""
-    chosen = flags["pe"], flags["pool"], flags["mpvg"]
-    if flags["method"] is None:
-        pe, pool, mpvg = flags["pe"] or "layerwise", flags["pool"] or "gap", flags["mpvg"] or not any(chosen)
-        method = METHOD_OF_FLAGS.get((pe, pool, mpvg)) or refuse("mpvg", "it needs a PE and --pool gap")
-        return method, {"pe": "none"} if pe == "none" else {}
-    if any(chosen):
+    pe, pool, mpvg, text = (flags[name] for name in ("pe", "pool", "mpvg", "method"))
+    if text is None:
+        key = pe or "layerwise", pool or "gap", mpvg or not (pe or pool)
+        text = METHOD_OF_FLAGS.get(key) or refuse("mpvg", "it needs a PE and --pool gap")
+    elif pe or pool or mpvg:
         refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
-    method, _, options = flags["method"].partition(":")
+    method, _, options = text.partition(":")
     names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
     return method, parse_assignments("method", options, ":", sorted(names))
 
