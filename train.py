@@ -1044,8 +1044,7 @@ def train_run(flags, config, folder, device):
     if checkpoint:
         load_weights(model, checkpoint)
     elif flags["init"]:
-        details = initialise(model, flags["init"], config)
-        print_main(f"starts from {flags['init']}, {details}")
+        initialise(model, flags["init"], config)
     model.to(device)
     count = sum(parameter.numel() for parameter in model.parameters())
     print_main(f"{method_label(config)}: {config['model']} with {count:,} parameters\n"
@@ -1063,7 +1062,7 @@ def train_run(flags, config, folder, device):
 
 
 def initialise(model, path, config):
-    """Loads another run's weights, or any checkpoint that mpvg.load_weights takes. -> what was left out or is new."""
+    """Loads another run's weights, or any that mpvg.load_weights takes; prints what is left out or new."""
     try:
         checkpoint = read_checkpoint(path / "last.pt" if path.is_dir() else path)
         state, trained = dict(state_dict_of(checkpoint)), checkpoint.get("config")
@@ -1077,9 +1076,9 @@ def initialise(model, path, config):
             raise ValueError("its PE norms start at 0 and must be trained: leave out --freeze")
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --init {path}: {error}") from None
-    return (("without its class token, " if from_plain and "cls_token" in state else "")
-            + (f"with new norms at 0 ({', '.join(new)}), " if new else "")
-            + ("with a new head" if new_head else "with its head"))
+    print_main(f"starts from {path}, " + "without its class token, " * (from_plain and "cls_token" in state)
+               + (f"with new norms at 0 ({', '.join(new)}), " if new else "")
+               + ("with a new head" if new_head else "with its head"))
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
