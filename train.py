@@ -1101,15 +1101,15 @@ def sweep(
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
-    planned = {}                                                     # folder -> configuration, command line
+    planned, precision = {}, common.params["precision"]              # folder -> configuration, command
     # Seed by seed, so that a stopped sweep has whole seeds.
     for seed, method in itertools.product(range(seeds), methods.replace(" ", "").split(",")):
-        arguments = [*ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
-        flags = common.params | dict(method=method, seed=seed)
-        config = configure(flags | dict(precision=flags["precision"] or "fp32"))  # finds mistakes early
-        if not flags["precision"]:                                   # each run asks its GPU; see choose_device
+        flags = common.params | dict(method=method, seed=seed, precision=precision or "fp32")
+        config = configure(flags)                                    # finds mistakes early
+        if not precision:                                            # each run asks its GPU; see choose_device
             del config["precision"]
-        planned[run_folder(flags, config)] = config, [sys.executable, __file__, *arguments]
+        command = [sys.executable, __file__, *ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
+        planned[run_folder(flags, config)] = config, command
     if jobs > 1 and (load := DATASETS[config["data"]].load):
         load(common.params["data_dir"], False)                       # downloads once, not in each job
     runs_folder = Path(common.params["runs"])
@@ -1136,13 +1136,11 @@ def sweep(
             results = dict(zip(planned, executor.map(train_one, planned)))
     except KeyboardInterrupt:                                        # the runs receive it as well
         raise SystemExit("stopped: run the same command to continue") from None
-    failed = [folder.name for folder, run in results.items() if run is None]
-    runs = [run for run in results.values() if run]
-    if runs:
+    if runs := [run for run in results.values() if run]:
         table = "".join(results_table(title, by_method) for title, by_method in by_setting(runs).items())
         save(runs_folder / "sweep.md", table.encode())
         typer.echo(f"\n{table}", nl=False)
-    if failed:
+    if failed := [folder.name for folder, run in results.items() if not run]:
         raise SystemExit(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
 
 
