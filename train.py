@@ -989,10 +989,9 @@ def train_command(
       python train.py --pe layerwise --pool gap --mpvg
       python train.py --data cifar100 --method lape --epochs 20 --recipe mixup=0
     """
-    flags = {key: value for key, value in locals().items() if key != "ctx"}
+    flags = locals()
     if ctx.invoked_subcommand:
-        given = [key for key in ctx.params if ctx.get_parameter_source(key).name != "DEFAULT"]
-        if given or WORLD_SIZE > 1:
+        if WORLD_SIZE > 1 or any(ctx.get_parameter_source(key).name != "DEFAULT" for key in ctx.params):
             raise typer.BadParameter(f"write the flags after {ctx.invoked_subcommand}, and start it without torchrun")
         return
     if resume and overwrite:
