@@ -1065,7 +1065,7 @@ def initialise(model, path, config):
         state, trained = dict(state_dict_of(checkpoint)), checkpoint.get("config")
         if isinstance(trained, dict) and trained.get("data") != config["data"]:
             state.pop("head.weight", None)                           # perhaps as many classes, but others
-        new_head = "head.weight" not in state or len(state["head.weight"]) != len(model.head.weight)
+        new_head = len(state.get("head.weight", ())) != len(model.head.weight)
         new = [name for name in model.state_dict() if name not in state and not name.startswith("head")]
         from_plain = model.cls_token is None and ("cls_token" in state or bool(new))
         load_weights(model, state, new_head=True, from_plain=from_plain)
