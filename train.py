@@ -914,8 +914,8 @@ def configure(flags):
 
 def build_model(config):
     """-> the configuration's model; with `freeze` only its head learns. Raises ValueError."""
-    sizes = dict(image_size=config["image_size"], num_classes=config["num_classes"])
-    model = create(config["model"], config["method"], **config["overrides"] | sizes)
+    model = create(config["model"], config["method"], image_size=config["image_size"],
+                   num_classes=config["num_classes"], **config["overrides"])
     model.requires_grad_(not config["freeze"]).head.requires_grad_(True)
     return model
 
