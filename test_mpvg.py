@@ -1492,7 +1492,7 @@ def test_contrasts(tmp_path):
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
 def test_measure_is_what_it_says(method):
     model, batches = tiny(method), [images(3, seed=1), images(2, seed=2)]
-    (tokens, pe, found), p = train.measure(model, [(x, None) for x in batches]), model.state_dict()
+    (tokens, pe, found), p = train.measure(model, [(x, torch.zeros(len(x))) for x in batches]), model.state_dict()
     layers = equations(p, torch.cat(batches), **METHODS[method])[2]
     for i, (_, normed, e) in enumerate(layers):
         torch.testing.assert_close(tokens[i], normed.mean(0), rtol=1e-8, atol=1e-8)
@@ -1510,11 +1510,11 @@ def test_measure_is_what_it_says(method):
 
 
 @pytest.mark.parametrize("method", ["default", "pvg"])
-def test_measure_position_is_a_ridge_regression(method):
+def test_position_is_read_by_a_ridge_regression(method):
     """Beside a ridge regression by least squares on rows of the ridge."""
     model, x = tiny(method), images(24)
     labels = model(x).argmax(1)
-    found = train.measure_position(model, [(x[:10], labels[:10]), (x[10:], labels[10:])])
+    *_, found = train.measure(model, [(x[:10], labels[:10]), (x[10:], labels[10:])])
 
     def read(tokens):
         tokens = tokens[:, -6:].detach().numpy()
@@ -1562,7 +1562,8 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     shutil.copytree(trained[0], folder, ignore=shutil.ignore_patterns("mechanism.json"))
     result = ok(report(tmp_path, folder, draw=True))
     model = load_weights(create("vit-nano", "mpvg"), folder / "last.pt").eval()
-    *_, expected = train.measure(model, [(train.normalise(make_numbers(40, 2)[0], "numbers"), None)])
+    x, y = make_numbers(40, 2)
+    *_, expected = train.measure(model, [(train.normalise(x, "numbers"), y)])
     found = json.loads((folder / "mechanism.json").read_text())
     assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
     assert found["offset"] == pytest.approx(expected["offset"], abs=1e-5) and len(found["beta"]) == 128

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from statistics import mean, stdev, variance
+from statistics import mean, stdev
 from typing import Literal, NamedTuple
 
 # OpenMP's threads busy-wait for each other, which is slow where other work shares the cores: shorten the wait.
@@ -1414,32 +1414,6 @@ def last_norm_offset(model):
     return beta if last is None else beta + last.reshape(-1, len(beta)).mean(0)  # "shift" has one row
 
 
-@torch.no_grad()
-def measure(model, batches):
-    """Measures what the paper plots of a trained model. batches: a list of normalised images (B, 3, H, W) and labels.
-
-    -> tokens: LN_l(x_l) of each block and LN(x_L), averaged over images, (L + 1, N, D).
-    pe: a list, what is added to each of them, (N, D) or None.
-    A dict: correlation, Pearson's, of each such pair (Figure 4); beta and gamma, the last norm's; offset, see
-    last_norm_offset; cosine, of an image's mean token before and after the last norm, averaged over images (the
-    paper's appendix).
-    """
-    tokens, cosines = 0, []
-    for images, _ in batches:
-        inputs, outputs, _ = watch_norms(model, images)
-        tokens = tokens + torch.stack([output.sum(0) for output in outputs])
-        cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
-    tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
-    delivered = model.delivered_pe()
-    pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu()
-          for e in (*delivered, model.last_norm_pe(delivered))]
-    correlation = [None if e is None or e.min() == e.max() else  # undefined for a constant PE
-                   torch.corrcoef(torch.stack([t.flatten(), e.flatten()]))[0, 1].item() for t, e in zip(tokens, pe)]
-    return tokens, pe, dict(correlation=correlation, cosine=torch.cat(cosines).mean().item(),
-                            beta=model.norm.bias.tolist(), gamma=model.norm.weight.tolist(),
-                            offset=last_norm_offset(model).tolist())
-
-
 def shuffle_patches(images, size, generator):
     """-> images (B, 3, H, W) with the patches of each in a random order of its own."""
     patches = F.unfold(images, size, stride=size)                    # (B, 3 * size * size, N)
@@ -1447,51 +1421,74 @@ def shuffle_patches(images, size, generator):
     return F.fold(patches.gather(2, order[:, None].expand_as(patches)), images.shape[2:], size, stride=size)
 
 
-@torch.no_grad()
-def measure_position(model, batches):
-    """Measures how well a linear map reads a token's patch index, and accuracy with shuffled patches -> a dict, in %.
+def read_index(fit, test):
+    """-> a list: in % for each place, how many tokens' index, 0 to N - 1, a linear map reads from their features.
 
-    batches: a list of normalised images (B, 3, H, W) and labels (B,).
-    stream: share of patch tokens whose index the map reads from x_l, the input of block 0, 1, ...
-    normed: the same from LN_l(x_l), the output of each block's first norm, and from LN(x_L).
-    attention: the same from LN_l(x_l) + e_l; None where there is no e_l.
-    ordered, shuffled: accuracy on the images, and with each image's patches shuffled.
-    The map is a ridge regression of the one-hot index on centred features, its strength 0.001 of their mean variance,
-    fitted to every second image and tested on the others.
+    fit, test: batches of features, (places, B, N, D), to fit the map to and to test it on.
+    The map is a ridge regression of the one-hot index on centred features, its strength 0.001 of their mean variance.
     """
-    delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
-
-    def features(images):
-        """-> features (points, B, N, D), without the class token, and logits.
-
-        points: depth inputs of blocks, depth + 1 norm outputs, depth inputs of attention.
-        """
-        inputs, outputs, logits = watch_norms(model, images)
-        attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
-        return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double(), logits
-
     count, sums, moments = 0, 0, 0
-    for images, _ in batches:
-        x, _ = features(images[::2])
-        count, sums, moments = count + x.shape[1], sums + x.sum(1), moments + (x.flatten(1, 2).mT @ x.flatten(1, 2))
-    means = sums / count                                             # of the tokens with an index, (points, N, D)
+    for x in fit:
+        count, sums = count + x.shape[1], sums + x.sum(1)
+        moments = moments + x.flatten(1, 2).mT @ x.flatten(1, 2)
+    means = sums / count                                             # of the tokens with an index, (places, N, D)
     centre = means.mean(1, keepdim=True)
-    covariance = moments / (count * patches) - centre.mT @ centre
+    covariance = moments / (count * means.shape[1]) - centre.mT @ centre
     diagonal = covariance.diagonal(dim1=1, dim2=2)                   # the features' variances, a view
     diagonal += 1e-3 * diagonal.mean(1, keepdim=True)                # the ridge
-    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (points, D, N): N times the regression's
+    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (places, D, N): N times the regression's
+    correct = []
+    for x in test:
+        scores = (x - centre[:, None]) @ weights[:, None]            # (places, B, N, N)
+        correct.append(scores.argmax(3) == torch.arange(x.shape[2]))
+    return (100 * torch.cat(correct, 1).double().mean((1, 2))).tolist()
 
-    index_read, correct, generator = [], [], torch.Generator().manual_seed(0)
+
+@torch.no_grad()
+def measure(model, batches):
+    """Measures a trained model on batches, a list of normalised images (B, 3, H, W) and labels (B,).
+
+    -> tokens: LN_l(x_l) of each block and LN(x_L), averaged over images, (L + 1, N, D).
+    pe: a list, what is added to each of them, (N, D) or None.
+    A dict:
+    correlation: Pearson's, of each such pair (Figure 4).
+    cosine: of an image's mean token before and after the last norm, averaged over images (appendix).
+    beta, gamma: the last norm's; offset: see last_norm_offset.
+    ordered, shuffled: accuracy on the images, and with each image's patches shuffled, %.
+    stream: read_index of the patch tokens of x_l, the input of block 0, 1, ..., fitted to every second
+    image and tested on the others. normed: the same of LN_l(x_l), the output of each block's first norm,
+    and of LN(x_L). attention: the same of LN_l(x_l) + e_l; None where there is no e_l.
+    """
+    delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
+    tokens, cosines, correct, generator = 0, [], [], torch.Generator().manual_seed(0)
     for images, labels in batches:
-        x, logits = features(images)
-        scores = (x[:, 1::2] - centre[:, None]) @ weights[:, None]   # (points, B, N, N)
-        index_read.append((scores.argmax(3) == torch.arange(patches)).double().mean(2))
-        shuffled_logits = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
-        correct.append(torch.stack([logits.argmax(1) == labels, shuffled_logits.argmax(1) == labels]))
-    stream, normed, attention = (100 * torch.cat(index_read, 1).mean(1)).split([depth, depth + 1, depth])
+        inputs, outputs, logits = watch_norms(model, images)
+        tokens = tokens + torch.stack(outputs).sum(1)
+        cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
+        shuffled = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
+        correct.append(torch.stack([logits, shuffled]).argmax(2) == labels)
+    cosines = torch.cat(cosines)
+    tokens = (tokens / len(cosines)).cpu()
+    pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu()
+          for e in (*delivered, model.last_norm_pe(delivered))]
+    correlation = [None if e is None or e.min() == e.max() else      # undefined for a constant PE
+                   np.corrcoef(t.flatten(), e.flatten())[0, 1].item() for t, e in zip(tokens, pe)]
     ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
-    return dict(stream=stream.tolist(), normed=normed.tolist(), ordered=ordered, shuffled=shuffled,
-                attention=[None if e is None else share for share, e in zip(attention.tolist(), delivered)])
+    beta, offset = model.norm.bias, last_norm_offset(model)
+
+    def features(images):                                            # (places, B, N, D), without the class token
+        inputs, outputs, _ = watch_norms(model, images)
+        attention = [y + e for y, e in zip(outputs, delivered) if e is not None]
+        return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double()
+
+    shares = read_index(fit=(features(images[::2]) for images, _ in batches),
+                        test=(features(images[1::2]) for images, _ in batches if len(images) > 1))
+    attention = iter(shares[2 * depth + 1:])
+    return tokens, pe, dict(
+        correlation=correlation, cosine=cosines.mean().item(), beta=beta.tolist(), gamma=model.norm.weight.tolist(),
+        offset=offset.tolist(), beta_variance=beta.var().item(), offset_variance=offset.var().item(),
+        stream=shares[:depth], normed=shares[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
+        attention=[None if e is None else next(attention) for e in delivered], images=len(cosines))
 
 
 def measure_run(run, count, data_dir, device):
@@ -1506,10 +1503,7 @@ def measure_run(run, count, data_dir, device):
                for images, labels in data.test_batches(0, every, 50)]
     tokens, pe, values = measure(model, batches)
     torch.manual_seed(run.config["seed"])                            # the model before training
-    before = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
-    values |= measure_position(model, batches) | dict(
-        offset_before=before, beta_variance=variance(values["beta"]), offset_variance=variance(values["offset"]),
-        images=sum(len(labels) for _, labels in batches))
+    values["offset_before"] = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
     save(run.folder / "mechanism.json", (json.dumps(values) + "\n").encode())
     run.mechanism.update(values)
     return tokens, pe
