@@ -592,7 +592,8 @@ def test_an_operation_is_pillows(name):
     m *= torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
     warp = partial(train.warp, fill=torch.tensor(FILL, dtype=torch.float))
     before = x.clone()
-    mine = train.OPERATIONS[name](x, m, partial(warp, bicubic=torch.arange(len(x)) >= first_bicubic))
+    bicubic = (torch.arange(len(x)) >= first_bicubic).view(-1, 1, 1, 1)
+    mine = train.OPERATIONS[name](x, m.view(-1, 1, 1, 1), partial(warp, bicubic=bicubic))
     assert torch.equal(x, before) and mine.dtype == torch.uint8 and mine.shape == x.shape
     geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
     differences = []
@@ -608,7 +609,7 @@ def test_crop_boxes_are_pillows():
     u = torch.rand(4, len(x), generator=torch.Generator().manual_seed(2))
     height, width = (10 + 22 * u[0]).round(), (10 + 22 * u[1]).round()
     box = torch.stack([((33 - height) * u[2]).floor(), ((33 - width) * u[3]).floor(), height, width], dim=1)
-    bicubic = torch.arange(len(x)) >= first_bicubic
+    bicubic = (torch.arange(len(x)) >= first_bicubic).view(-1, 1, 1, 1)
     mine = train.crop_boxes(x, box, bicubic)
     for i, (top, left, h, w) in enumerate(box.int().tolist()):
         how = Image.Resampling.BILINEAR if i < first_bicubic else Image.Resampling.BICUBIC
@@ -680,7 +681,7 @@ def test_augmentation_crops_flips_and_applies_one_operation_after_the_other():
         image = image.flip(3) if draws["flip"][i] else image
         for layer, number in enumerate(draws["operation"][i].tolist()):
             if number >= 0:
-                m, bicubic = (draws[key][i, layer:layer + 1] for key in ("magnitude", "bicubic"))
+                m, bicubic = (draws[key][i, layer].view(1, 1, 1, 1) for key in ("magnitude", "bicubic"))
                 affine = partial(train.warp, bicubic=bicubic, fill=torch.tensor(FILL, dtype=torch.float))
                 image = train.OPERATIONS[names[number]](image, m, affine)
         assert torch.equal(mine[0, i], train.normalise(image, "cifar100")[0]), i

@@ -335,53 +335,53 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
-# Pillow's arithmetic for batches of uint8 images (B, 3, H, W); each image has its own parameters, tensors (B,).
+# Pillow's arithmetic for batches of uint8 images (B, 3, H, W); each image has its own parameters, (B, 1, 1, 1).
 
-def interpolate(x, grid, bicubic):
-    """x at grid (B, H, W, 2), places (u, v) from -1 to 1. bicubic (B,): True, or False for bilinear interpolation."""
+def interpolate(x, u, v, bicubic):
+    """x at (u, v), places from -1 to 1 that broadcast to (B, 1, H, W). bicubic: True, or False for bilinear."""
+    grid = torch.stack(torch.broadcast_tensors(u, v), dim=-1)[:, 0]  # (B, H, W, 2)
     cubic, linear = (F.grid_sample(x.float(), grid, mode, "border", align_corners=False)
                      for mode in ("bicubic", "bilinear"))
-    return torch.where(bicubic.view(-1, 1, 1, 1), cubic, linear).clamp(0, 255)
+    return torch.where(bicubic, cubic, linear).clamp(0, 255)
 
 
 def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     """The output at (u, v), from -1 to 1, is the input at (a u + b v + c, d u + e v + f), or `fill` (3,) outside."""
-    zeros, side = torch.zeros(len(x), device=x.device), x.shape[3]
-    a, b, c, d, e, f = torch.stack([zeros + t for t in (a, b, c, d, e, f)])[..., None, None]     # (B, 1, 1) each
+    side = x.shape[3]
     u = (torch.arange(side, device=x.device) + 0.5) * 2 / side - 1
     v = u[:, None]
-    grid = torch.stack([a * u + b * v + c, d * u + e * v + f], dim=-1)  # (B, H, W, 2); affine_grid would use TF32
-    inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    return torch.where(inside, interpolate(x, grid, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
+    u, v = a * u + b * v + c, d * u + e * v + f                      # affine_grid would use TF32
+    inside = (u >= -1) & (u < 1) & (v >= -1) & (v < 1)
+    return torch.where(inside, interpolate(x, u, v, bicubic), fill.view(3, 1, 1)).to(torch.uint8)
 
 
 def crop_boxes(x, box, bicubic):
-    """The boxes (B, 4), top, left, height and width in pixels, enlarged to the whole image, which is square."""
-    side, start, size = x.shape[3], box[:, :2, None], box[:, 2:, None]   # start, size: (B, 2, 1)
+    """Each image's box, top, left, height and width in pixels, enlarged to the whole image, which is square."""
+    start, size = box.view(-1, 2, 2, 1).unbind(1)                    # (B, 2, 1) each, for rows and columns
+    side = x.shape[3]
     place = (torch.arange(side, device=x.device) + 0.5) / side * size    # in the box: of each row, each column
     place = start + place.clamp(min=0.5).minimum(size - 0.5)         # the edge pixel is repeated
     v, u = (place * 2 / side - 1).unbind(1)                          # (B, side) each
-    grid = torch.stack(torch.broadcast_tensors(u[:, None], v[..., None]), dim=-1)  # (B, side, side, 2)
-    return interpolate(x, grid, bicubic).round().to(torch.uint8)
+    return interpolate(x, u[:, None, None], v[:, None, :, None], bicubic).round().to(torch.uint8)
 
 
 def blend(base, x, m):
     """base + (1 + 0.09 m)(x - base): a smaller or a greater difference from `base`."""
-    factor, base = (1 + 0.09 * m).clamp(min=0.1).view(-1, 1, 1, 1), base.float()
+    factor, base = (1 + 0.09 * m).clamp(min=0.1), base.float()
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
 
 
-# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x; m, from -10 to 10 (B,), is the magnitude with a random
+# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x; m, from -10 to 10, is the magnitude with a random
 # sign; some operations ignore the sign; affine: warp() with its interpolation and colour given.
 OPERATIONS = {
     "AutoContrast": lambda x, m, affine: v2.autocontrast(x),
     "Equalize": lambda x, m, affine: v2.equalize(x),
     "Invert": lambda x, m, affine: 255 - x,
     "Rotate": lambda x, m, affine: affine(x, a=(t := (3 * m).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
-    "Posterize": lambda x, m, affine: x & (-1 << (4 + (0.4 * m.abs()).int())).view(-1, 1, 1, 1).to(torch.uint8),
-    "Solarize": lambda x, m, affine: torch.where(x < 256 - (25.6 * m.abs()).int().view(-1, 1, 1, 1), x, 255 - x),
-    "SolarizeAdd": lambda x, m, affine: torch.where(
-        x < 128, x + (11 * m.abs()).int().view(-1, 1, 1, 1), x).clamp(max=255).to(torch.uint8),
+    "Posterize": lambda x, m, affine: x & (-1 << (4 + (0.4 * m.abs()).int())).to(torch.uint8),
+    "Solarize": lambda x, m, affine: torch.where(x < 256 - (25.6 * m.abs()).int(), x, 255 - x),
+    "SolarizeAdd": lambda x, m, affine: (
+        x + (x < 128) * (11 * m.abs()).int()).clamp(max=255).to(torch.uint8),
     "Color": lambda x, m, affine: blend(v2.rgb_to_grayscale(x), x, m),
     "Contrast": lambda x, m, affine: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m),
     "Brightness": lambda x, m, affine: blend(torch.zeros_like(x), x, m),
@@ -446,11 +446,12 @@ def draw_mixing(steps, side, recipe):
 
 def augment(x, draws, recipe, fill):
     """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
+    on_device = {name: to_device(draw, x.device)[..., None, None, None] for name, draw in draws.items()}
     if recipe.crop_scale < 1:
-        x = crop_boxes(x, to_device(draws["crop"], x.device), to_device(draws["crop_bicubic"], x.device))
-    x = torch.where(to_device(draws["flip"], x.device).view(-1, 1, 1, 1), x.flip(3), x)
+        x = crop_boxes(x, on_device["crop"], on_device["crop_bicubic"])
+    x = torch.where(on_device["flip"], x.flip(3), x)
     for turn, chosen in enumerate(draws["operation"].T):             # chosen (B,): each image's operation, by number
-        m, bicubic = (to_device(draws[name][:, turn], x.device) for name in ("magnitude", "bicubic"))
+        m, bicubic = on_device["magnitude"][:, turn], on_device["bicubic"][:, turn]
         for number, operation in enumerate(OPERATIONS.values()):     # each operation once, on all of its images
             rows = to_device((chosen == number).nonzero()[:, 0], x.device)
             if len(rows):
