@@ -460,18 +460,19 @@ def augment(x, draws, recipe, fill):
 
 
 def normalise(x, dataset_name):
-    """uint8 or float images (B, 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and std."""
+    """uint8 or float images (..., 3, H, W), pixels from 0 to 255 -> floats by the data set's mean and std."""
     dataset = DATASETS[dataset_name]
     mean, std = to_device(torch.tensor([dataset.mean, dataset.std]), x.device).view(2, 3, 1, 1)
     return (x / 255).sub_(mean).div_(std)
 
 
 def erase_boxes(x, box, seed):
-    """Random erasing: normal noise in the boxes (B, 4) of normalised images (B, 3, H, W)."""
-    rows = to_device((box[:, 2] > 0).nonzero()[:, 0], x.device)
-    inside = box_mask(to_device(box, x.device)[rows], x.shape[3])[:, None]
-    noise = torch.randn(len(rows), *x.shape[1:], device=x.device, generator=torch.Generator(x.device).manual_seed(seed))
-    x[rows] = torch.where(inside, noise, x[rows])
+    """Random erasing, in place: normal noise in the boxes (N, 4) of N normalised images, x (..., 3, H, W)."""
+    images, generator = x.view(-1, *x.shape[-3:]), torch.Generator(x.device).manual_seed(seed)
+    rows = to_device(box[:, 2].nonzero()[:, 0], x.device)
+    inside = box_mask(to_device(box, x.device)[rows], x.shape[-1])[:, None]
+    noise = torch.randn(len(rows), *x.shape[-3:], device=x.device, generator=generator)
+    images[rows] = torch.where(inside, noise, images[rows])
     return x
 
 
@@ -487,16 +488,15 @@ def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
     seed: of the erasing noise.
     -> normalised images, and labels, or each class's share where images are mixed, (S, B, classes).
     """
-    S, B = labels.shape
     fill = to_device(255 * torch.tensor(DATASETS[dataset_name].mean), x.device).round()
-    x = augment(x.flatten(0, 1), draws, recipe, fill)                # (S * B, 3, H, W)
+    x = augment(x.flatten(0, 1), draws, recipe, fill).view_as(x)
     if keep is not None:
         keep = to_device(keep, x.device)[:, None, None]              # (S, 1, 1, H, W)
         lam = keep.mean((2, 3, 4))[..., None]                        # corrected for clipped boxes
         labels = mix(F.one_hot(labels, classes).float(), lam)
     if keep is not None and not recipe.erase_first:                  # ViT-Lite mixes pixels, then erases
-        x = mix(x.unflatten(0, (S, B)).float(), keep).flatten(0, 1).round()
-    x = erase_boxes(normalise(x, dataset_name), draws["erase"], seed).unflatten(0, (S, B))
+        x = mix(x.float(), keep).round()
+    x = erase_boxes(normalise(x, dataset_name), draws["erase"], seed)
     if keep is not None and recipe.erase_first:                      # DeiT erases, then mixes floats
         x = mix(x, keep)
     return x, labels
