@@ -371,25 +371,24 @@ def blend(base, x, m):
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
 
 
-# RandAugment `rand-m9-mstd0.5-inc1` of timm: square images x; m, from -10 to 10, is the magnitude with a random
-# sign; some operations ignore the sign; affine: warp() with its interpolation and colour given.
+# RandAugment `rand-m9-mstd0.5-inc1` of timm for square images x; m, from -10 to 10, is the magnitude with a random
+# sign, which some operations ignore; warp is the function above with `bicubic` and `fill` given.
 OPERATIONS = {
-    "AutoContrast": lambda x, m, affine: v2.autocontrast(x),
-    "Equalize": lambda x, m, affine: v2.equalize(x),
-    "Invert": lambda x, m, affine: 255 - x,
-    "Rotate": lambda x, m, affine: affine(x, a=(t := (3 * m).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
-    "Posterize": lambda x, m, affine: x & (-1 << (4 + (0.4 * m.abs()).int())).to(torch.uint8),
-    "Solarize": lambda x, m, affine: torch.where(x < 256 - (25.6 * m.abs()).int(), x, 255 - x),
-    "SolarizeAdd": lambda x, m, affine: (
-        x + (x < 128) * (11 * m.abs()).int()).clamp(max=255).to(torch.uint8),
-    "Color": lambda x, m, affine: blend(v2.rgb_to_grayscale(x), x, m),
-    "Contrast": lambda x, m, affine: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m),
-    "Brightness": lambda x, m, affine: blend(torch.zeros_like(x), x, m),
-    "Sharpness": lambda x, m, affine: blend(v2.adjust_sharpness(x, 0), x, m),  # 0: smoothed
-    "ShearX": lambda x, m, affine: affine(x, b=0.03 * m, c=0.03 * m),
-    "ShearY": lambda x, m, affine: affine(x, d=0.03 * m, f=0.03 * m),
-    "TranslateX": lambda x, m, affine: affine(x, c=0.09 * m),
-    "TranslateY": lambda x, m, affine: affine(x, f=0.09 * m),
+    "AutoContrast": lambda x, m, _: v2.autocontrast(x),
+    "Equalize": lambda x, m, _: v2.equalize(x),
+    "Invert": lambda x, m, _: 255 - x,
+    "Rotate": lambda x, m, warp: warp(x, a=(t := (3 * m).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
+    "Posterize": lambda x, m, _: x & (-1 << (4 + (0.4 * m.abs()).int())).to(torch.uint8),
+    "Solarize": lambda x, m, _: torch.where(x < 256 - (25.6 * m.abs()).int(), x, 255 - x),
+    "SolarizeAdd": lambda x, m, _: (x + (x < 128) * (11 * m.abs()).int()).clamp(max=255).to(torch.uint8),
+    "Color": lambda x, m, _: blend(v2.rgb_to_grayscale(x), x, m),
+    "Contrast": lambda x, m, _: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m),
+    "Brightness": lambda x, m, _: blend(torch.zeros_like(x), x, m),
+    "Sharpness": lambda x, m, _: blend(v2.adjust_sharpness(x, 0), x, m),  # 0: smoothed
+    "ShearX": lambda x, m, warp: warp(x, b=0.03 * m, c=0.03 * m),
+    "ShearY": lambda x, m, warp: warp(x, d=0.03 * m, f=0.03 * m),
+    "TranslateX": lambda x, m, warp: warp(x, c=0.09 * m),
+    "TranslateY": lambda x, m, warp: warp(x, f=0.09 * m),
 }
 
 
@@ -410,9 +409,9 @@ def draw_boxes(count, side, area, max_ratio, whole):
 
 def box_mask(box, side):
     """Boxes (B, 4) -> (B, side, side), True inside."""
+    top, left, h, w = box.view(-1, 4, 1, 1).unbind(1)
     u = torch.arange(side, device=box.device)
     v = u[:, None]
-    top, left, h, w = (t.view(-1, 1, 1) for t in box.unbind(1))
     return (v >= top) & (v < top + h) & (u >= left) & (u < left + w)
 
 
