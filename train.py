@@ -398,21 +398,22 @@ def draw_boxes(count, side, area, max_ratio, whole):
     side: of the images; area: least and greatest share of the image, uniform; max_ratio: of a box's sides, log-uniform,
     either may be longer; whole: may a box be as long as the image.
     """
-    u_area, u_ratio, u_top, u_left = torch.rand(4, 10, count)
-    size, ratio = side * side * (area[0] + (area[1] - area[0]) * u_area), max_ratio ** (2 * u_ratio - 1)
-    h, w = (size * ratio).sqrt().round(), (size / ratio).sqrt().round()
-    fits = torch.maximum(h, w) < side + whole
-    boxes = torch.stack([((side - h + 1) * u_top).floor(), ((side - w + 1) * u_left).floor(), h, w], dim=-1)
+    u = torch.rand(4, 10, count)
+    pixels = side * side * (area[0] + (area[1] - area[0]) * u[0])
+    ratio = max_ratio ** (2 * u[1] - 1)
+    size = torch.stack([pixels * ratio, pixels / ratio]).sqrt().round()  # heights and widths, (2, 10, count)
+    start = ((side - size + 1) * u[2:]).floor()
+    fits = (size < side + whole).all(0)
     first = fits.int().argmax(0)                                     # 0 where none fits: zeros
-    return (boxes * fits[..., None])[first, torch.arange(count)]
+    return (torch.cat([start, size]) * fits)[:, first, torch.arange(count)].T
 
 
 def box_mask(box, side):
     """Boxes (B, 4) -> (B, side, side), True inside."""
-    top, left, h, w = box.view(-1, 4, 1, 1).unbind(1)
-    u = torch.arange(side, device=box.device)
-    v = u[:, None]
-    return (v >= top) & (v < top + h) & (u >= left) & (u < left + w)
+    start, size = box.view(-1, 2, 2, 1).unbind(1)                    # (B, 2, 1) each
+    place = torch.arange(side, device=box.device)
+    rows, columns = ((place >= start) & (place < start + size)).unbind(1)  # (B, side) each
+    return rows[:, :, None] & columns[:, None]
 
 
 def draw_augmentation(count, side, recipe):
