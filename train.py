@@ -484,8 +484,7 @@ def mix(x, keep):
 def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
     """Augments, mixes, normalises and erases the batches of S steps: uint8 images x (S, B, 3, H, W), labels (S, B).
 
-    draws: draw_augmentation for the S * B images; keep: draw_mixing for the S steps, or None;
-    seed: of the erasing noise.
+    draws: draw_augmentation, of S * B images; keep: draw_mixing, of S steps, or None; seed: of erasing's noise.
     -> normalised images, and labels, or each class's share where images are mixed, (S, B, classes).
     """
     fill = to_device(255 * torch.tensor(DATASETS[dataset_name].mean), x.device).round()
@@ -538,8 +537,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
         noise_seed = seed + 2**31 + rank                             # unlike the crops' seeds, also in a CPU's 32 bits
-        images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
-        yield from zip(images, targets)
+        yield from zip(*prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
