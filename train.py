@@ -335,10 +335,10 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
-# Pillow's arithmetic for batches of uint8 images (B, 3, H, W); each image has its own parameters, (B, 1, 1, 1).
+# Pillow's arithmetic for uint8 images (B, 3, H, W). Each image has its own parameters, (B, 1, 1, 1).
 
 def interpolate(x, u, v, bicubic):
-    """x at (u, v), places from -1 to 1 that broadcast to (B, 1, H, W). bicubic: True, or False for bilinear."""
+    """x at (u, v), places from -1 to 1 that broadcast to (B, 1, H, W). bicubic: False for bilinear."""
     grid = torch.stack(torch.broadcast_tensors(u, v), dim=-1)[:, 0]  # (B, H, W, 2)
     cubic, linear = (F.grid_sample(x.float(), grid, mode, "border", align_corners=False)
                      for mode in ("bicubic", "bilinear"))
@@ -346,7 +346,7 @@ def interpolate(x, u, v, bicubic):
 
 
 def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
-    """The output at (u, v), from -1 to 1, is the input at (a u + b v + c, d u + e v + f), or `fill` (3,) outside."""
+    """The output at (u, v), from -1 to 1, is x at (au + bv + c, du + ev + f), or `fill` (3,) outside."""
     side = x.shape[3]
     u = (torch.arange(side, device=x.device) + 0.5) * 2 / side - 1
     v = u[:, None]
@@ -356,10 +356,10 @@ def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
 
 
 def crop_boxes(x, box, bicubic):
-    """Each image's box, top, left, height and width in pixels, enlarged to the whole image, which is square."""
+    """Each image's box (top, left, height, width, in pixels), enlarged to the whole image, a square."""
     start, size = box.view(-1, 2, 2, 1).unbind(1)                    # (B, 2, 1) each, for rows and columns
     side = x.shape[3]
-    place = (torch.arange(side, device=x.device) + 0.5) / side * size    # in the box: of each row, each column
+    place = (torch.arange(side, device=x.device) + 0.5) / side * size    # in the box, by row and column
     place = start + place.clamp(min=0.5).minimum(size - 0.5)         # the edge pixel is repeated
     v, u = (place * 2 / side - 1).unbind(1)                          # (B, side) each
     return interpolate(x, u[:, None, None], v[:, None, :, None], bicubic).round().to(torch.uint8)
@@ -371,8 +371,8 @@ def blend(base, x, m):
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
 
 
-# RandAugment `rand-m9-mstd0.5-inc1` of timm for square images x; m, from -10 to 10, is the magnitude with a random
-# sign, which some operations ignore; warp is the function above with `bicubic` and `fill` given.
+# RandAugment `rand-m9-mstd0.5-inc1` of timm, x: square images; m: magnitude with a random sign, -10 to 10;
+# some operations ignore the sign. warp: the function above with `bicubic` and `fill` given.
 OPERATIONS = {
     "AutoContrast": lambda x, m, _: v2.autocontrast(x),
     "Equalize": lambda x, m, _: v2.equalize(x),
@@ -395,8 +395,8 @@ OPERATIONS = {
 def draw_boxes(count, side, area, max_ratio, whole):
     """-> (count, 4) top, left, height, width: the first of ten random boxes that fits, or zeros.
 
-    side: of the images; area: least and greatest share of the image, uniform; max_ratio: of a box's sides, log-uniform,
-    either may be longer; whole: may a box be as long as the image.
+    side: of the images; area: least and greatest share of the image, uniform; max_ratio: of a box's sides,
+    log-uniform, either may be longer; whole: may a box be as long as the image.
     """
     u = torch.rand(4, 10, count)
     pixels = side * side * (area[0] + (area[1] - area[0]) * u[0])
@@ -422,7 +422,7 @@ def draw_augmentation(count, side, recipe):
     crop[crop[:, 2] == 0] = torch.tensor([0.0, 0.0, side, side])     # none of the ten fits: the whole image
     crop_bicubic, flip = torch.rand(count) < recipe.bicubic, torch.rand(count) < recipe.flip
     shape = count, recipe.ra_ops
-    operation = torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1)  # -1: not applied
+    operation = torch.where(torch.rand(shape) < 0.5, torch.randint(len(OPERATIONS), shape), -1)  # -1: none
     magnitude = (recipe.ra_magnitude + 0.5 * torch.randn(shape)).clamp(0, 10)
     magnitude *= torch.where(torch.rand(shape) < 0.5, -1.0, 1.0)
     bicubic = torch.rand(shape) < recipe.bicubic
@@ -432,9 +432,9 @@ def draw_augmentation(count, side, recipe):
 
 
 def draw_mixing(steps, side, recipe):
-    """-> (steps, side, side): how much of its own pixels an image keeps: mixup's lambda, or 0 in CutMix's box."""
+    """-> (steps, side, side): how much of its own an image keeps: mixup's lambda, or 0 in CutMix's box."""
     mixup, cutmix = recipe.mixup, recipe.cutmix
-    cut = torch.rand(steps, 1, 1) < (0.5 if mixup and cutmix else float(cutmix > 0))  # which steps take CutMix
+    cut = torch.rand(steps, 1, 1) < (0.5 if mixup and cutmix else float(cutmix > 0))  # steps of CutMix
     lam_cut, lam_mix = (torch.distributions.Beta(alpha, alpha).sample((steps, 1))
                         for alpha in (cutmix or 1.0, mixup or 1.0))
     half = (side / 2 * (1 - lam_cut).sqrt()).floor()                 # an odd side loses a pixel, as in timm
@@ -445,14 +445,14 @@ def draw_mixing(steps, side, recipe):
 
 
 def augment(x, draws, recipe, fill):
-    """uint8 (B, 3, H, W) -> the same: random resized crop, flip, RandAugment. `fill` (3,): colour of empty places."""
+    """uint8 (B, 3, H, W) -> the same: crop, flip, RandAugment. `fill` (3,): colour of empty places."""
     on_device = {name: to_device(draw, x.device)[..., None, None, None] for name, draw in draws.items()}
     if recipe.crop_scale < 1:
         x = crop_boxes(x, on_device["crop"], on_device["crop_bicubic"])
     x = torch.where(on_device["flip"], x.flip(3), x)
-    for turn, chosen in enumerate(draws["operation"].T):             # chosen (B,): each image's operation, by number
+    for turn, chosen in enumerate(draws["operation"].T):             # chosen (B,): numbers of operations
         m, bicubic = on_device["magnitude"][:, turn], on_device["bicubic"][:, turn]
-        for number, operation in enumerate(OPERATIONS.values()):     # each operation once, on all of its images
+        for number, operation in enumerate(OPERATIONS.values()):     # each once, on all of its images
             rows = to_device((chosen == number).nonzero()[:, 0], x.device)
             if len(rows):
                 x[rows] = operation(x[rows], m[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
@@ -477,14 +477,14 @@ def erase_boxes(x, box, seed):
 
 
 def mix(x, keep):
-    """keep * x + (1 - keep) * neighbour; images 2k and 2k + 1 are neighbours. x: (S, B, ...), keep: (S, 1, ...)."""
+    """keep * x + (1 - keep) * neighbour; 2k and 2k + 1 are neighbours. x: (S, B, ...), keep: (S, 1, ...)."""
     return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep)
 
 
 def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
-    """Augments, mixes, normalises and erases the batches of S steps: uint8 images x (S, B, 3, H, W), labels (S, B).
+    """Augments, mixes, normalises and erases the batches of S steps: uint8 x (S, B, 3, H, W), labels (S, B).
 
-    draws: draw_augmentation, of S * B images; keep: draw_mixing, of S steps, or None; seed: of erasing's noise.
+    draws: draw_augmentation of S * B images; keep: draw_mixing of S steps, or None; seed: of erasing's noise.
     -> normalised images, and labels, or each class's share where images are mixed, (S, B, classes).
     """
     fill = to_device(255 * torch.tensor(DATASETS[dataset_name].mean), x.device).round()
@@ -504,10 +504,10 @@ def prepare(x, labels, draws, keep, recipe, dataset_name, classes, seed):
 # ------------------------------------------------------------------------------------------------------------- batches
 
 def epoch_order(recipe, count, seed, epoch):
-    """-> the index of the image at each place of an epoch's batches, (steps, batch_size), and a seed for each step.
+    """-> the index of the image at each place of an epoch, (steps, batch_size), and a seed for each step.
 
-    The last, smaller batch is left out. With repeats, two images alternate on neighbouring places, a b a b a b, so
-    that nothing is mixed with itself and one decoding serves all crops.
+    The last, smaller batch is left out. With repeats, two images alternate, a b a b a b, so that none is mixed
+    with itself and one decoding serves all crops.
     """
     size, repeats = recipe.batch_size, recipe.repeats
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -521,9 +521,9 @@ def epoch_order(recipe, count, seed, epoch):
 def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
     """Yields each step's images (B, 3, H, W) and targets: this process's share, B = batch_size / world_size.
 
-    The order is drawn from (seed, epoch). Augmentation and mixing are drawn for whole batches from the seed of their
-    chunk's first step, and each process takes its columns. None of this depends on the number of processes, and a
-    resumed run repeats it. Only the noise of random erasing is drawn by each process for itself.
+    The order is drawn from (seed, epoch), augmentation and mixing from the seed of their chunk's first step,
+    for whole batches, of which each process takes its columns. So a resumed run repeats them, with any number
+    of processes. Only the noise of random erasing is drawn by each process for itself.
     """
     size, side, classes = recipe.batch_size, config["image_size"], config["num_classes"]
     order, seeds = epoch_order(recipe, len(data), config["seed"], epoch)
@@ -532,11 +532,11 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
         recipe = dataclasses.replace(recipe, crop_scale=1.0)         # the workers have already cropped
     for seed, images, labels in data.chunks(order, seeds, columns):
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)                # torch.manual_seed would seed GPUs as well
+            torch.default_generator.manual_seed(seed)                # torch.manual_seed would seed GPUs too
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # unlike the crops' seeds, also in a CPU's 32 bits
+        noise_seed = seed + 2**31 + rank                             # no crop's seed, even in a CPU's 32 bits
         yield from zip(*prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed))
 
 
