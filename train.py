@@ -433,15 +433,14 @@ def draw_augmentation(count, side, recipe):
 
 def draw_mixing(steps, side, recipe):
     """-> (steps, side, side): how much of its own an image keeps: mixup's lambda, or 0 in CutMix's box."""
-    mixup, cutmix = recipe.mixup, recipe.cutmix
-    cut = torch.rand(steps, 1, 1) < (0.5 if mixup and cutmix else float(cutmix > 0))  # steps of CutMix
+    boxed = torch.rand(steps, 1, 1) < (0.5 if recipe.mixup and recipe.cutmix else float(recipe.cutmix > 0))
     lam_cut, lam_mix = (torch.distributions.Beta(alpha, alpha).sample((steps, 1))
-                        for alpha in (cutmix or 1.0, mixup or 1.0))
+                        for alpha in (recipe.cutmix or 1.0, recipe.mixup or 1.0))
     half = (side / 2 * (1 - lam_cut).sqrt()).floor()                 # an odd side loses a pixel, as in timm
     middle = (torch.rand(steps, 2) * side).floor()
     low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=side)
     outside = ~box_mask(torch.cat([low, high - low], dim=1), side)
-    return torch.where(cut, outside.float(), lam_mix[..., None])
+    return torch.where(boxed, outside.float(), lam_mix[..., None])
 
 
 def augment(x, draws, recipe, fill):
