@@ -371,8 +371,8 @@ def blend(base, x, m):
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
 
 
-# RandAugment `rand-m9-mstd0.5-inc1` of timm, x: square images; m: magnitude with a random sign, -10 to 10;
-# some operations ignore the sign. warp: the function above with `bicubic` and `fill` given.
+# RandAugment `rand-m9-mstd0.5-inc1` of timm. x: square images; m: the magnitude with a random sign, -10 to 10
+# (some operations ignore the sign); warp: the function above with `bicubic` and `fill` given.
 OPERATIONS = {
     "AutoContrast": lambda x, m, _: v2.autocontrast(x),
     "Equalize": lambda x, m, _: v2.equalize(x),
