@@ -729,10 +729,10 @@ def save_checkpoint(folder, model, optimizer, config, log):
     """Writes a run's folder. No random state is saved: train_batches and fit seed what an epoch draws."""
     file = io.BytesIO()
     torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), config=config, log=log), file)
-    (folder / "mechanism.json").unlink(missing_ok=True)              # it describes older weights
     if log[-1] is max(log, key=lambda line: line["test_accuracy"]):  # ties keep the first
         save(folder / "best.pt", file.getbuffer())
     save(folder / "last.pt", file.getbuffer())
+    (folder / "mechanism.json").unlink(missing_ok=True)              # it describes older weights
     save_record(folder, config, log)
 
 
