@@ -1,9 +1,7 @@
 """The specification of mpvg.py, train.py and bench.py: `python -m pytest`. Nothing here asserts a timing."""
 import argparse
 import contextlib
-import dataclasses
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -16,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, fields, replace
 from functools import cache, partial, reduce
+from itertools import chain, combinations, product
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
+from pytest import approx
+from torch.testing import assert_close
 
 import bench
 import mpvg
@@ -35,8 +37,10 @@ import train
 from mpvg import METHODS, MODELS, ViT, create, fold, load_weights, resize_pos_embed
 
 torch.set_num_threads(1)  # these models are too small to share
-ROOT = Path(__file__).parent
+ROOT, CPU = Path(__file__).parent, torch.device("cpu")
 make_numbers, load_numbers = train.numbers, train.DATASETS["numbers"].load
+assert_same = partial(assert_close, rtol=1e-10, atol=1e-10)  # the same up to rounding, in float64
+assert_identical = partial(assert_close, rtol=0, atol=0)  # bit for bit
 
 
 @cache
@@ -46,7 +50,7 @@ def small_data(root, train):
 
 
 for _name in ("numbers", "cifar100"):  # every run in this process uses them
-    train.DATASETS[_name] = dataclasses.replace(train.DATASETS[_name], load=small_data)
+    train.DATASETS[_name] = replace(train.DATASETS[_name], load=small_data)
 
 
 def run_cli(main, *arguments):
@@ -68,6 +72,18 @@ def ok(result):
     return result
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 TINY = dict(image_size=(8, 12), patch_size=4, num_classes=5, dim=16, depth=3, heads=2, mlp_ratio=2.0)
 
 
@@ -85,7 +101,7 @@ def tiny(method="mpvg", seed=0, **overrides):
 
 
 def images(batch=4, size=(8, 12), seed=1, dtype=torch.float64):
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(batch, 3, *size, generator=seeded(seed), dtype=dtype)
 
 
 # ----------------------------------------------------------------------------------------- the equations, written out
@@ -151,10 +167,10 @@ def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True
 def every_toggle():
     yield from METHODS.values()
     ends = [("cls", None), ("gap", None), ("gap", "shift"), ("gap", "free")]
-    for pe, (pool, last_pe) in itertools.product(("absolute", "none"), ends):
+    for pe, (pool, last_pe) in product(("absolute", "none"), ends):
         yield dict(pe=pe, pool=pool, last_pe=last_pe)
     ends += [("gap", 0), ("gap", 1), ("gap", 2)]
-    for layer0, hierarchical, add_input, (pool, last_pe) in itertools.product(*[(False, True)] * 3, ends):
+    for layer0, hierarchical, add_input, (pool, last_pe) in product(*[(False, True)] * 3, ends):
         yield dict(pe="layerwise", layer0=layer0, hierarchical=hierarchical, add_input=add_input, pool=pool,
                    last_pe=last_pe)
 
@@ -167,8 +183,8 @@ def test_every_method_and_toggle_equals_the_equations(extra):
         model = tiny(None, **toggles, **extra)
         y, expected, _ = equations(model.state_dict(), x, **toggles, **extra)
         logits = model(x)
-        torch.testing.assert_close(model.forward_features(x), y, rtol=1e-10, atol=1e-10, msg=str(toggles))
-        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10, msg=str(toggles))
+        assert_same(model.forward_features(x), y, msg=str(toggles))
+        assert_same(logits, expected, msg=str(toggles))
         F.cross_entropy(logits, torch.arange(4)).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad.abs().max() > 0, (toggles, name)
@@ -189,9 +205,9 @@ def test_sincos_is_a_fixed_2d_table():
     model = ViT(**TINY, pe_init="sincos")
     assert "pos_embed" in model.state_dict() and "pos_embed" not in dict(model.named_parameters())
     assert model.pos_embed.shape == (1, 7, 16) and not model.pos_embed[0, 0].any()
-    for i, (y, x) in enumerate(itertools.product(range(2), range(3))):
+    for i, (y, x) in enumerate(product(range(2), range(3))):
         row = [f(p / 10000 ** (k / 4)) for p in (y, x) for f in (math.sin, math.cos) for k in range(4)]
-        torch.testing.assert_close(model.pos_embed[0, 1 + i], torch.tensor(row), rtol=1e-5, atol=1e-6)
+        assert_close(model.pos_embed[0, 1 + i], torch.tensor(row), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------- parameters, presets, a library's ViT
@@ -263,7 +279,7 @@ def test_equals_torchvision():
     model = create("vit-nano", "default", image_size=32, patch_size=8, dim=32, depth=3, heads=4, num_classes=7).double()
     model.load_state_dict(state, strict=True)
     x = images(2, (32, 32))
-    torch.testing.assert_close(model.eval()(x), theirs(x), rtol=1e-10, atol=1e-10)
+    assert_same(model.eval()(x), theirs(x))
 
 
 # ------------------------------------------------------------------------------------- three facts, and permutations
@@ -273,7 +289,7 @@ def test_facts_1_and_2_every_pe_term_can_be_stored_the_last_one_in_the_heads_bia
         model, x = tiny(None, **toggles), images()
         logits, names, folded = model(x), [*model.state_dict()], fold(model.train())
         for net in (folded, fold(folded), model.eval()):
-            torch.testing.assert_close(net(x), logits, rtol=1e-10, atol=1e-10, msg=str(toggles))
+            assert_same(net(x), logits, msg=str(toggles))
         assert not folded.training and not any("pe_norm" in name or "last_" in name or p.requires_grad
                                                for name, p in folded.named_parameters())
         assert sum(isinstance(m, torch.nn.LayerNorm) for m in folded.modules()) == 2 * 3 + 1
@@ -293,17 +309,17 @@ def test_fact_3_two_offsets_learn_the_same_as_one_at_twice_the_learning_rate():
         for seed in range(30):
             train_step(images(8, seed=seed), torch.arange(8) % 5)
         assert beta.abs().mean() > 0.01
-        torch.testing.assert_close(beta, dict(model.named_parameters())[twin], rtol=0, atol=1e-12)
+        assert_close(beta, dict(model.named_parameters())[twin], rtol=0, atol=1e-12)
         logits.append(model.eval()(images()))
-    torch.testing.assert_close(*logits[2:], rtol=0, atol=1e-10)                 # mpvg-shift's and pvg's
+    assert_same(*logits[2:])                 # mpvg-shift's and pvg's
 
 
 def test_only_a_model_without_pe_ignores_the_order_of_patches():
     x = images(1).repeat(2, 1, 1, 1)
-    shuffled = train.shuffle_patches(x, 4, torch.Generator().manual_seed(0))
+    shuffled = train.shuffle_patches(x, 4, seeded(0))
     assert not torch.equal(shuffled[0], shuffled[1])                            # each image has an order of its own
     blind = tiny(None, pe="none", pool="gap")
-    torch.testing.assert_close(blind(shuffled), blind(x), rtol=1e-10, atol=1e-10)
+    assert_same(blind(shuffled), blind(x))
     for method in METHODS:
         model = tiny(method)
         assert (model(shuffled) - model(x)).abs().max() > 1e-3, method
@@ -328,30 +344,30 @@ def test_compiled_equals_eager(method):
             loss.backward()
             results.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
     eager, first, second = results
-    torch.testing.assert_close(first, eager, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+    assert_close(first, eager, rtol=1e-3, atol=1e-4)
+    assert_close(second, first, rtol=1e-5, atol=1e-5)
 
 
 def test_export_for_any_batch_size_and_compilation_of_a_folded_model():
     batch = torch.export.Dim("batch", min=1, max=64)
     for net in (tiny("lape"), fold(tiny("mpvg"))):                              # a class token is expanded to the batch
         exported = torch.export.export(net, (images(2),), dynamic_shapes=({0: batch},), strict=True).module()
-        torch.testing.assert_close(exported(images(5)), net(images(5)), rtol=1e-10, atol=1e-10)
+        assert_same(exported(images(5)), net(images(5)))
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")          # the folded one
-    torch.testing.assert_close(compiled(images()), tiny("mpvg")(images()), rtol=1e-10, atol=1e-10)
+    assert_same(compiled(images()), tiny("mpvg")(images()))
 
 
 @pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
 def test_drop_path_drops_a_branch_of_some_images_and_scales_it_for_the_others(silent):
     model, x = tiny("mpvg", drop_path=0.25), torch.randn(1, 6, 16, dtype=torch.float64).repeat(4000, 1, 1)
-    assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.125, 0.25])
+    assert [block.drop_path for block in model.blocks] == approx([0, 0.125, 0.25])
     block = model.blocks[2]
     for parameter in block.get_submodule(silent).parameters():                  # leaves the other branch alone
         torch.nn.init.zeros_(parameter)
     branch, found = block(x) - x, block.train()(x) - x
     dropped = (found == 0).all(dim=(1, 2))
-    assert dropped.double().mean() == pytest.approx(0.25, abs=0.03)
-    torch.testing.assert_close(found[~dropped], branch[~dropped] / 0.75)
+    assert dropped.double().mean() == approx(0.25, abs=0.03)
+    assert_close(found[~dropped], branch[~dropped] / 0.75)
 
 
 def test_attention_dropout_acts_in_training_only():
@@ -366,15 +382,15 @@ def test_initialisation():
     lite = create("vit-lite", "default").requires_grad_(False)
     deit = create("deit-tiny", "mpvg-free", depth=2, pe_std=0.3).requires_grad_(False)
     assert not lite.cls_token.any() and create("deit-tiny", "default", depth=1).cls_token.std() > 0.01
-    assert lite.pos_embed.std() == pytest.approx(0.2, rel=0.05)
-    assert deit.pos_embed.std() == pytest.approx(0.3, rel=0.05)
-    assert deit.last_pos_embed.std() == pytest.approx(0.3, rel=0.05)
-    assert lite.patch_embed.proj.weight.std() == pytest.approx((2 / 48) ** 0.5, rel=0.05)
-    assert deit.patch_embed.proj.weight.std() == pytest.approx((1 / 3 / 768) ** 0.5, rel=0.05)
+    assert lite.pos_embed.std() == approx(0.2, rel=0.05)
+    assert deit.pos_embed.std() == approx(0.3, rel=0.05)
+    assert deit.last_pos_embed.std() == approx(0.3, rel=0.05)
+    assert lite.patch_embed.proj.weight.std() == approx((2 / 48) ** 0.5, rel=0.05)
+    assert deit.patch_embed.proj.weight.std() == approx((1 / 3 / 768) ** 0.5, rel=0.05)
     for model in (lite, deit):
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                assert parameter.std() == pytest.approx(0.02, rel=0.1), name
+                assert parameter.std() == approx(0.02, rel=0.1), name
             elif ".bias" in name and "patch_embed" not in name:
                 assert not parameter.any(), name
             elif "norm" in name:
@@ -433,7 +449,7 @@ def test_resize_pos_embed():
         mine = resize_pos_embed(table, old, new, prefix=1)
         image = Image.fromarray(table[0, 1:, 0].view(old).numpy()).resize(new[::-1], Image.Resampling.BICUBIC)
         assert torch.equal(mine[:, 0], table[:, 0])
-        torch.testing.assert_close(mine[0, 1:, 0].view(new), torch.from_numpy(np.array(image)), rtol=1e-4, atol=1e-4)
+        assert_close(mine[0, 1:, 0].view(new), torch.from_numpy(np.array(image)), rtol=1e-4, atol=1e-4)
     for dtype in (torch.float64, torch.bfloat16):
         assert resize_pos_embed(table.to(dtype), (4, 4), (2, 2), prefix=1).dtype == dtype
 
@@ -447,7 +463,7 @@ def test_load_weights_from_files(tmp_path):
         torch.save(contents, path)
         target = tiny("mpvg", seed=5)
         assert load_weights(target, path) is target
-        torch.testing.assert_close(target(images()), source(images()))
+        assert_close(target(images()), source(images()))
     torch.save([1, 2], path)
     for wrong in (path, None, source, {"model": source}, {"epoch": 3}, state | {"pos_embed": np.zeros((1, 6, 16))}):
         with pytest.raises(ValueError, match="load_weights takes a path or a dict that holds only tensors"):
@@ -494,7 +510,7 @@ def test_load_weights_resizes_the_pe(method, old, new, untold):
 
 
 @pytest.mark.parametrize("start, method", [
-    *itertools.product(["default", "gap"], ["gap", "pvg", "mpvg", "mpvg-shift"]), ("pvg", "mpvg")])
+    *product(["default", "gap"], ["gap", "pvg", "mpvg", "mpvg-shift"]), ("pvg", "mpvg")])
 def test_load_weights_starts_a_gap_model_from_a_plain_vits_weights(start, method):
     source, model = tiny(start).state_dict(), tiny(method, seed=5)
     if start == "default":
@@ -503,7 +519,7 @@ def test_load_weights_starts_a_gap_model_from_a_plain_vits_weights(start, method
     assert load_weights(model, {"model": source}, from_plain=True) is model
     p = source | {"pos_embed": source["pos_embed"][:, -6:]}                     # without the class token's row
     logits = equations(p, images(), pe=METHODS[start]["pe"], pool="gap")[1]
-    torch.testing.assert_close(model(images()), logits, rtol=1e-10, atol=1e-10)
+    assert_same(model(images()), logits)
     train_step = train.make_train_step(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     losses = [train_step(images(8, seed=seed), torch.arange(8) % 5) for seed in range(50)]
     assert torch.stack(losses).isfinite().all()                                 # the PE norms learn one after the other
@@ -541,7 +557,7 @@ FILL = (129, 124, 112)
 
 def photos(count=60):
     """uint8 images that an operation cannot treat alike: noise, slopes, flat and low-contrast ones, digits."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x = make_numbers(count, 3)[0]
     x[::4] = torch.randint(0, 256, x[::4].shape, generator=generator, dtype=torch.uint8)
     x[1::8] = (torch.arange(32 * 32).view(32, 32) // 4).to(torch.uint8)
@@ -585,7 +601,7 @@ PILLOW = {  # timm's rand-m9-mstd0.5-inc1, image by image; m: signed magnitude
 def test_an_operation_is_pillows(name):
     """To one of 255; where bicubic interpolation enters, on average: torch's has a = -0.75, Pillow's -1."""
     x, first_bicubic = photos(), 30
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     m = 10 * torch.rand(len(x), generator=generator)
     m[::2] = (9 + 0.5 * torch.randn(len(m[::2]), generator=generator)).clamp(0, 10)
     m[:3] = torch.tensor([0.0, 10.0, 5.0])
@@ -605,7 +621,7 @@ def test_an_operation_is_pillows(name):
 
 def test_crop_boxes_are_pillows():
     x, first_bicubic = photos(), 30
-    u = torch.rand(4, len(x), generator=torch.Generator().manual_seed(2))
+    u = torch.rand(4, len(x), generator=seeded(2))
     height, width = (10 + 22 * u[0]).round(), (10 + 22 * u[1]).round()
     box = torch.stack([((33 - height) * u[2]).floor(), ((33 - width) * u[3]).floor(), height, width], dim=1)
     bicubic = torch.arange(len(x)) >= first_bicubic
@@ -623,7 +639,7 @@ def test_boxes_and_operations_are_distributed_as_published():
     torch.manual_seed(0)
     draws, image = train.draw_augmentation(40_000, 32, CIFAR), torch.zeros(3, 32, 32)
     erased = draws["erase"][draws["erase"][:, 2] > 0]
-    assert len(erased) / 40_000 == pytest.approx(0.25, abs=0.01)
+    assert len(erased) / 40_000 == approx(0.25, abs=0.01)
     crop, erase = torchvision.transforms.RandomResizedCrop.get_params, torchvision.transforms.RandomErasing.get_params
     for mine, theirs in ((draws["crop"], [crop(image, [0.8, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)]),
                          (erased, [erase(image, [0.02, 1 / 3], [0.3, 1 / 0.3])[:4] for _ in range(10_000)])):
@@ -631,20 +647,20 @@ def test_boxes_and_operations_are_distributed_as_published():
         assert torch.equal(mine.amin(0), theirs.amin(0)) and torch.equal(mine.amax(0), theirs.amax(0))
         assert (mine[:, :2] + mine[:, 2:]).max() == 32
         assert ((mine.mean(0) - theirs.mean(0)) / theirs.std(0)).abs().max() < 0.05
-        torch.testing.assert_close(mine.std(0), theirs.std(0), rtol=0.05, atol=0)
-        torch.testing.assert_close(mine.T.corrcoef(), theirs.T.corrcoef(), rtol=0, atol=0.05)
+        assert_close(mine.std(0), theirs.std(0), rtol=0.05, atol=0)
+        assert_close(mine.T.corrcoef(), theirs.T.corrcoef(), rtol=0, atol=0.05)
     for name in ("flip", "crop_bicubic", "bicubic"):
-        assert draws[name].float().mean() == pytest.approx(0.5, abs=0.02), name
+        assert draws[name].float().mean() == approx(0.5, abs=0.02), name
     for column in draws["operation"].T:
-        assert (column == -1).float().mean() == pytest.approx(0.5, abs=0.01)
+        assert (column == -1).float().mean() == approx(0.5, abs=0.01)
         counts = column[column >= 0].bincount(minlength=15) / 20_000
         assert len(counts) == 15 and (counts - 1 / 15).abs().max() < 0.01
     pairs = draws["operation"] + 1
     assert (pairs[:, 0] * 16 + pairs[:, 1]).unique().numel() == 256              # with replacement, each by itself
     strength, sign = draws["magnitude"].abs(), draws["magnitude"].sign()
-    assert strength.mean() == pytest.approx(9, abs=0.02) and strength.max() == 10
-    assert strength[strength < 10].std() == pytest.approx(0.49, abs=0.02)
-    assert sign.unique().tolist() == [-1, 1] and sign.mean(0).tolist() == pytest.approx([0, 0], abs=0.02)
+    assert strength.mean() == approx(9, abs=0.02) and strength.max() == 10
+    assert strength[strength < 10].std() == approx(0.49, abs=0.02)
+    assert sign.unique().tolist() == [-1, 1] and sign.mean(0).tolist() == approx([0, 0], abs=0.02)
 
 
 def test_mixing_is_distributed_as_published():
@@ -652,23 +668,23 @@ def test_mixing_is_distributed_as_published():
     keep = train.draw_mixing(4000, 32, CIFAR)
     flat = keep.flatten(1)
     boxed = ((flat == 0) | (flat == 1)).all(1)
-    assert keep.shape == (4000, 32, 32) and boxed.float().mean() == pytest.approx(0.5, abs=0.03)
+    assert keep.shape == (4000, 32, 32) and boxed.float().mean() == approx(0.5, abs=0.03)
     lam = flat[~boxed][:, 0]
     assert (flat[~boxed] == lam[:, None]).all()
-    assert lam.mean() == pytest.approx(0.5, abs=0.02) and lam.std() == pytest.approx((0.25 / 2.6) ** 0.5, abs=0.02)
+    assert lam.mean() == approx(0.5, abs=0.02) and lam.std() == approx((0.25 / 2.6) ** 0.5, abs=0.02)
     for mask in keep[boxed][:50] == 0:                                          # one box, at most half outside
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert mask.sum() == len(rows) * len(columns) == mask[:, mask.any(0)][mask.any(1)].numel()
     share = (keep[boxed] == 0).float().mean((1, 2))                             # clipped boxes: under 1 - lambda
     assert 0.2 < share.mean() < 0.45 and share.max() > 0.8
-    boxes = train.draw_mixing(200, 32, dataclasses.replace(CIFAR, mixup=0.0))
-    blends = train.draw_mixing(200, 32, dataclasses.replace(CIFAR, cutmix=0.0)).flatten(1)
+    boxes = train.draw_mixing(200, 32, replace(CIFAR, mixup=0.0))
+    blends = train.draw_mixing(200, 32, replace(CIFAR, cutmix=0.0)).flatten(1)
     assert ((boxes == 0) | (boxes == 1)).all() and (blends == blends[:, :1]).all()
 
 
 def test_augmentation_crops_flips_and_applies_one_operation_after_the_other():
     """Each image by itself; empty places get the mean colour."""
-    recipe = dataclasses.replace(CIFAR, erase=0.0)
+    recipe = replace(CIFAR, erase=0.0)
     x, names = photos()[:40], [*train.OPERATIONS]
     torch.manual_seed(3)
     draws = train.draw_augmentation(40, 32, recipe)
@@ -688,38 +704,38 @@ def test_augmentation_crops_flips_and_applies_one_operation_after_the_other():
 
 def test_prepare_mixes_then_erases():
     x, y = photos()[:12].view(2, 6, 3, 32, 32), torch.arange(12).view(2, 6)
-    off = dataclasses.replace(CIFAR, crop_scale=1.0, flip=0.0, ra_ops=0, erase=0.0)
+    off = replace(CIFAR, crop_scale=1.0, flip=0.0, ra_ops=0, erase=0.0)
     draws = train.draw_augmentation(12, 32, off)
     prepare = partial(train.prepare, labels=y, dataset_name="cifar100", classes=20)
     plain, labels = prepare(x.clone(), draws=draws, keep=None, recipe=off, seed=0)
     mean, std = (torch.tensor(getattr(train.DATASETS["cifar100"], name)).view(3, 1, 1) for name in ("mean", "std"))
-    torch.testing.assert_close(plain, (x / 255 - mean) / std)
+    assert_close(plain, (x / 255 - mean) / std)
     assert torch.equal(labels, y)
 
     keep = torch.full((2, 32, 32), 0.3125)                                      # exact in binary
     keep[1] = 1
     keep[1, 4:20, 8:16] = 0
     mixed, shares = prepare(x.clone(), draws=draws, keep=keep, recipe=off, seed=0)
-    for step, i in itertools.product(range(2), range(6)):
+    for step, i in product(range(2), range(6)):
         own, (a, b) = keep[step], (x[step, j].float() for j in (i, i ^ 1))      # the partner: the neighbour
-        torch.testing.assert_close(mixed[step, i], ((own * a + (1 - own) * b).round() / 255 - mean) / std)
+        assert_close(mixed[step, i], ((own * a + (1 - own) * b).round() / 255 - mean) / std)
         a, b = F.one_hot(y[step], 20)[[i, i ^ 1]]
-        torch.testing.assert_close(shares[step, i], own.mean() * a + (1 - own.mean()) * b)  # as the box turned out
+        assert_close(shares[step, i], own.mean() * a + (1 - own.mean()) * b)  # as the box turned out
 
-    erasing = dataclasses.replace(off, erase=1.0)
+    erasing = replace(off, erase=1.0)
     draws = train.draw_augmentation(12, 32, erasing)
     erased, _ = prepare(x.clone(), draws=draws, keep=keep, recipe=erasing, seed=5)
     mask = train.box_mask(draws["erase"], 32).view(2, 6, 1, 32, 32).expand_as(erased)
     assert torch.equal(erased[~mask], mixed[~mask]) and 0.05 < mask.float().mean() < 0.33
     assert (erased[:, :, 0] != erased[:, :, 1])[mask[:, :, 0]].all()            # noise of its own in each channel
-    assert erased[mask].mean() == pytest.approx(0, abs=0.05) and erased[mask].std() == pytest.approx(1, abs=0.05)
+    assert erased[mask].mean() == approx(0, abs=0.05) and erased[mask].std() == approx(1, abs=0.05)
     noise = [image[box] for image, box in zip(erased.flatten(0, 1), mask.flatten(0, 1))]
     assert len({tuple(values[:5].tolist()) for values in noise}) == 12          # of its own for each image
-    first = dataclasses.replace(erasing, erase_first=True)                      # DeiT's order: floats are mixed
+    first = replace(erasing, erase_first=True)                      # DeiT's order: floats are mixed
     alone, _ = prepare(x.clone(), draws=draws, keep=None, recipe=erasing, seed=5)
     mixed_after, _ = prepare(x.clone(), draws=draws, keep=keep, recipe=first, seed=5)
     partner = alone.unflatten(1, (3, 2)).flip(2).flatten(1, 2)
-    torch.testing.assert_close(mixed_after, torch.lerp(partner, alone, keep[:, None, None]))
+    assert_close(mixed_after, torch.lerp(partner, alone, keep[:, None, None]))
 
 
 # ------------------------------------------------------------------------------------------ train.py: recipes, data
@@ -729,11 +745,11 @@ def test_recipes_are_the_published_ones():
                      cooldown_epochs=10, lr_per="epoch", weight_decay=0.06, decay_pe=True, label_smoothing=0.1,
                      repeats=1, crop_scale=0.8, bicubic=0.5, flip=0.5, ra_ops=2, ra_magnitude=9, mixup=0.8, cutmix=1.0,
                      erase=0.25, erase_first=False)
-    assert dataclasses.asdict(CIFAR) == published
+    assert asdict(CIFAR) == published
     deit = dict(published, epochs=300, batch_size=1024, lr=5e-4 * 1024 / 512, warmup_epochs=5, cooldown_epochs=0,
                 weight_decay=0.05, decay_pe=False, repeats=3, crop_scale=0.08, bicubic=1, erase_first=True)
     imagenet = train.DATASETS["imagenet"]
-    assert dataclasses.asdict(imagenet.recipe) == deit
+    assert asdict(imagenet.recipe) == deit
     assert (imagenet.mean, imagenet.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (train.DATASETS["cifar100"].mean, train.DATASETS["cifar100"].std) == (
         (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -787,7 +803,7 @@ FILES = dict(data="imagenet", image_size=32, num_classes=3, fraction=1.0, seed=3
 
 
 def load_files(root, workers=0, **changes):
-    return {split: train.load_split(FILES | changes, split, root, torch.device("cpu"), workers)
+    return {split: train.load_split(FILES | changes, split, root, CPU, workers)
             for split in ("train", "test")}
 
 
@@ -802,7 +818,7 @@ def test_crops_are_pillows(files):
         assert theirs.max() <= 2 and theirs.mean() < 0.5 and label == unreadable == 0
     assert not torch.equal(load_files(files, image_size=48, bicubic=0.0)["train"][0, 77][0], data[0, 77][0])
     for crop_ratio, short in ((0.875, 48), (1.0, 42)):
-        data = train.load_split(FILES | dict(image_size=42), "test", files, torch.device("cpu"), 0, crop_ratio)
+        data = train.load_split(FILES | dict(image_size=42), "test", files, CPU, 0, crop_ratio)
         for index in (0, 2, 11):
             image = Image.open(data.samples[index][0]).convert("RGB")
             scale = short / min(image.size)
@@ -835,10 +851,10 @@ def test_evaluate_pads_the_last_batch(files):
     logits = model(train.normalise(x, "imagenet"))
     data.test_batches = partial(data.test_batches, batch_size=4)
     model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    found = train.evaluate(model, data, dict(precision="fp32", data="imagenet"), torch.device("cpu"))
+    found = train.evaluate(model, data, dict(precision="fp32", data="imagenet"), CPU)
     assert shapes == [(4, 3, 32, 32)] * 4 and len(y) == 15
-    assert found["test_accuracy"] == pytest.approx(100 * (logits.argmax(1) == y).float().mean().item())
-    assert found["test_loss"] == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+    assert found["test_accuracy"] == approx(100 * (logits.argmax(1) == y).float().mean().item())
+    assert found["test_loss"] == approx(F.cross_entropy(logits, y).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
@@ -849,7 +865,7 @@ def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
     else:
         recipe, config = CIFAR, dict(data="cifar100", image_size=32, num_classes=100, seed=3)
         data = dict(train=train.ArrayData(*make_numbers(50, 1)), test=train.ArrayData(*make_numbers(40, 2)))
-    recipe = dataclasses.replace(recipe, batch_size=12, erase=0.0)
+    recipe = replace(recipe, batch_size=12, erase=0.0)
     whole = [*train.train_batches(data["train"], recipe, config, epoch=2)]
     assert len(whole) == 4 and whole[0][0].shape == (12, 3, 32, 32) and whole[0][1].shape[0] == 12
     for world_size in (2, 3):
@@ -863,21 +879,21 @@ def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
 
 
 def test_each_process_erases_with_noise_of_its_own():
-    recipe = dataclasses.replace(CIFAR, batch_size=12, erase=1.0, mixup=0.0, cutmix=0.0, ra_ops=0)
+    recipe = replace(CIFAR, batch_size=12, erase=1.0, mixup=0.0, cutmix=0.0, ra_ops=0)
     config = dict(data="cifar100", image_size=32, num_classes=100, seed=3)
     data = train.ArrayData(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12))
     shares = [next(train.train_batches(data, recipe, config, 2, rank, 3))[0] for rank in range(3)]
     _, (seed,) = train.epoch_order(recipe, 12, 3, epoch=2)                      # crops and boxes are drawn with it
-    shares.append(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
-    for a, b in itertools.combinations([set(share.flatten().tolist()) for share in shares], 2):
+    shares.append(torch.randn(4, 3, 32, 32, generator=seeded(seed)))
+    for a, b in combinations([set(share.flatten().tolist()) for share in shares], 2):
         assert len(a & b) < 10                                                  # three of them are the blank image's
 
 
 def test_repeated_augmentation_and_partners():
     for repeats, pattern in ((1, [0, 1, 2, 3, 4, 5]), (2, [0, 1, 0, 1, 2, 3]), (3, [0, 1, 0, 1, 0, 1])):
-        recipe = dataclasses.replace(CIFAR, batch_size=22, repeats=repeats)
+        recipe = replace(CIFAR, batch_size=22, repeats=repeats)
         order, seeds = train.epoch_order(recipe, 100, 0, 0)
-        once, _ = train.epoch_order(dataclasses.replace(recipe, repeats=1), 100, 0, 0)
+        once, _ = train.epoch_order(replace(recipe, repeats=1), 100, 0, 0)
         places = order.flatten().tolist()
         assert order.shape == (4, 22) and len(seeds) == 4
         assert max(places.count(image) for image in places) == repeats
@@ -887,11 +903,11 @@ def test_repeated_augmentation_and_partners():
 
 def test_fraction_is_balanced_and_chosen_by_seed(monkeypatch):
     labels = torch.arange(400) % 20
-    dataset = dataclasses.replace(train.DATASETS["cifar100"], load=lambda root, train: (torch.arange(400), labels))
+    dataset = replace(train.DATASETS["cifar100"], load=lambda root, train: (torch.arange(400), labels))
     monkeypatch.setitem(train.DATASETS, "cifar100", dataset)
-    config, cpu = dict(data="cifar100", fraction=0.15, seed=0), torch.device("cpu")
-    assert len(train.load_split(config, "test", ".", cpu)) == 400
-    chosen = [train.load_split(config | dict(seed=seed), "train", ".", cpu) for seed in (0, 0, 1)]
+    config = dict(data="cifar100", fraction=0.15, seed=0)
+    assert len(train.load_split(config, "test", ".", CPU)) == 400
+    chosen = [train.load_split(config | dict(seed=seed), "train", ".", CPU) for seed in (0, 0, 1)]
     for data in chosen:
         assert data.labels.bincount().tolist() == [3] * 20 and torch.equal(labels[data.images], data.labels)
     chosen = [data.images for data in chosen]
@@ -937,7 +953,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_leaves_its_record(trained):
     folder, out = trained
-    log, saved, config = log_of(folder), load(folder), json.loads((folder / "config.json").read_text())
+    log, saved, config = log_of(folder), load(folder), read_json(folder / "config.json")
     assert [line["epoch"] for line in log] == [1, 2, 3] and saved["log"] == log and saved["config"] == config
     assert config["method"] == "mpvg" and config["images"] == 200
     assert config["environment"]["torch"] == torch.__version__ and config["environment"]["device"] == "cpu"
@@ -962,7 +978,7 @@ def plain_loop(recipe, method, data, seed):
     steps = len(x) // size
     mean, std = (torch.tensor(getattr(train.DATASETS[data], name)).view(3, 1, 1) for name in ("mean", "std"))
     for epoch in range(recipe["epochs"]):
-        order, total = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)), 0
+        order, total = torch.randperm(len(x), generator=seeded(seed * 100_003 + epoch)), 0
         for i in range(steps):
             rows = order[i * size:(i + 1) * size]
             t = epoch + (i / steps if recipe["lr_per"] == "step" else 0)
@@ -990,14 +1006,14 @@ def plain_loop(recipe, method, data, seed):
 def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
     changes = dict(weight_decay=2, label_smoothing=0.3, warmup_epochs=0.6, cooldown_epochs=1, crop_scale=1, flip=0,
                    ra_ops=0, mixup=0, cutmix=0, erase=0, lr_per=lr_per, min_lr=1e-3, warmup_lr=2e-3)
-    recipe = dataclasses.asdict(train.DATASETS[data].recipe) | changes | dict(epochs=3, batch_size=48, lr=0.004)
+    recipe = asdict(train.DATASETS[data].recipe) | changes | dict(epochs=3, batch_size=48, lr=0.004)
     ok(cli("--model", "vit-nano", "--method", method, "--seed", seed, "--epochs", 3, "--batch-size", 48, "--lr", 0.004,
            "--recipe", ",".join(f"{name}={value}" for name, value in changes.items()), data=data))
     folder = tmp_path / f"{method}-vit-nano-{data}-seed{seed}"
     model, losses, accuracies = plain_loop(recipe, method, data, seed)
-    assert [line["loss"] for line in log_of(folder)] == pytest.approx(losses, rel=1e-5)
-    assert [line["test_accuracy"] for line in log_of(folder)] == pytest.approx(accuracies, abs=0.01)
-    torch.testing.assert_close(load(folder)["model"], dict(model.state_dict()), rtol=1e-3, atol=2e-4)
+    assert [line["loss"] for line in log_of(folder)] == approx(losses, rel=1e-5)
+    assert [line["test_accuracy"] for line in log_of(folder)] == approx(accuracies, abs=0.01)
+    assert_close(load(folder)["model"], dict(model.state_dict()), rtol=1e-3, atol=2e-4)
 
 
 def configure(*flags):
@@ -1033,7 +1049,7 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
         epochs=2, batch_size=32, lr=1e-3, min_lr=3e-4, warmup_lr=1e-4, warmup_epochs=1.5, cooldown_epochs=1,
         lr_per="epoch", weight_decay=0.5, decay_pe=False, label_smoothing=0.3, repeats=3, crop_scale=0.5, bicubic=1.0,
         flip=0.0, ra_ops=1, ra_magnitude=5.0, mixup=0.2, cutmix=0.0, erase=0.9, erase_first=True)
-    assert changes.keys() == {field.name for field in dataclasses.fields(train.Recipe)}
+    assert changes.keys() == {field.name for field in fields(train.Recipe)}
 
     def trained_with(**change):
         """-> the configuration of a small model's run, and some of its weights."""
@@ -1089,16 +1105,16 @@ def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
         assert ("compiled in" in result.out) == (name == "compiled")
     assert asked == [dict(fullgraph=True, dynamic=False)]
     plain, compiled, half = (load(tmp_path / name) for name in ("plain", "compiled", "half"))
-    torch.testing.assert_close(compiled["model"], plain["model"], rtol=1e-3, atol=1e-4)
+    assert_close(compiled["model"], plain["model"], rtol=1e-3, atol=1e-4)
     losses = [[line["loss"] for line in run["log"]] for run in (plain, half)]
-    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert losses[0] != losses[1] and losses[1] == approx(losses[0], rel=2e-2)
 
 
 def test_init_and_freeze(cli, trained, tmp_path):
     first, weights = trained[0], load(trained[0])["model"]
     result = ok(cli("--epochs", 2, "--lr", 0, "--init", first, "--name", "same"))
     assert f"starts from {first}, with its head" in result.out
-    torch.testing.assert_close(load(tmp_path / "same")["model"], weights, rtol=0, atol=0)
+    assert_identical(load(tmp_path / "same")["model"], weights)
     assert len(load(tmp_path / "same", "best.pt")["log"]) == 1                  # of equally good epochs the first
     ok(cli("--epochs", 1, "--init", first / "last.pt", "--freeze", "--name", "probe"))
     for name, value in load(tmp_path / "probe")["model"].items():
@@ -1127,7 +1143,7 @@ def test_init_from_a_plain_vits_weights(cli, tmp_path):
         start, flags = tmp_path / name, ["--epochs", 1, "--lr", 0, "--name", "tuned", "--overwrite", *flags]
         assert f"starts from {start}, {says}with its head\n" in ok(cli("--method", method, "--init", start, *flags)).out
         expected = load_weights(create("vit-nano", method), start, from_plain=True).state_dict()
-        torch.testing.assert_close(load(tmp_path / "tuned")["model"], dict(expected), rtol=0, atol=0)
+        assert_identical(load(tmp_path / "tuned")["model"], dict(expected))
     one_line(cli("--init", tmp_path / "default", "--freeze", "--name", "probe"), "leave out --freeze")
 
 
@@ -1146,7 +1162,7 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     for other in (["--image-size", 40], ["--crop-ratio", 1]):
         assert f"loss {last['test_loss']:.4f}" not in ok(evaluation(*other)).out
     ok(run_cli(train.main, "report", folder, "--data-dir", files, "--out", tmp_path / "figures"))
-    assert json.loads((folder / "mechanism.json").read_text())["cosine"] <= 1
+    assert read_json(folder / "mechanism.json")["cosine"] <= 1
     tuned = ok(cli(*flags, "--init", folder, "--image-size", 48, "--name", "tuned", "--lr", 0, data="imagenet"))
     assert "with its head" in tuned.out and load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
     other = shutil.copytree(files, tmp_path / "other")
@@ -1194,8 +1210,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
         assert len(ends) < 60 and time.monotonic() < deadline
     assert -9 in ends and {*ends} <= {0, -9, 130, 1}, ends
     whole, killed = (load(tmp_path / name) for name in ("whole", "killed"))
-    torch.testing.assert_close([whole["model"], whole["optimizer"]], [killed["model"], killed["optimizer"]],
-                               rtol=0, atol=0)
+    assert_identical([whole["model"], whole["optimizer"]], [killed["model"], killed["optimizer"]])
     clock = dict(seconds=0, images_per_second=0)
     assert [line | clock for line in whole["log"]] == [line | clock for line in killed["log"]]
     assert not [*(tmp_path / "killed").glob("*.tmp")]
@@ -1306,8 +1321,8 @@ def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli
         assert [line["processes"] for line in other["log"]] == processes
         for a, b in zip(one["log"], other["log"], strict=True):
             for key in a.keys() - {"seconds", "images_per_second", "unreadable", "processes"}:
-                assert a[key] == pytest.approx(b[key], abs=1e-10), key
-        torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=1e-10)
+                assert a[key] == approx(b[key], abs=1e-10), key
+        assert_same(one["model"], other["model"])
 
 
 # -------------------------------------------------------------------------------------- train.py: users' mistakes
@@ -1400,7 +1415,7 @@ def write_run(folder, accuracies, finished=True, **changes):
     folder.mkdir(parents=True)
     config = dict(data="cifar100", model="vit-lite", method="mpvg", overrides={}, seed=0, fraction=1.0, init=None,
                   freeze=False, precision="bf16", image_size=32, num_classes=100, environment={})
-    config = config | dataclasses.asdict(train.DATASETS[changes.get("data", "cifar100")].recipe) | changes
+    config = config | asdict(train.DATASETS[changes.get("data", "cifar100")].recipe) | changes
     accuracies = [0.0] * (config["epochs"] - len(accuracies)) * finished + accuracies
     log = [dict(epoch=i + 1, test_accuracy=a, loss=1.0, seconds=10.0 * (i + 1)) for i, a in enumerate(accuracies)]
     (folder / "config.json").write_text(json.dumps(config))
@@ -1455,8 +1470,8 @@ def test_student_t():
     for n, alpha, t in ((2, 0.05, 12.706), (5, 0.05, 2.776), (26, 0.05, 2.060), (101, 0.05, 1.984), (4, 0.0125, 5.392)):
         values = torch.linspace(-1, 1, n).double()
         values = (values / values.std() * n ** 0.5).tolist()
-        assert train.t_test(values, alpha)[0] == pytest.approx(t, rel=5e-4)
-        assert train.t_test([value + t for value in values])[1] == pytest.approx(alpha, rel=2e-3)
+        assert train.t_test(values, alpha)[0] == approx(t, rel=5e-4)
+        assert train.t_test([value + t for value in values])[1] == approx(alpha, rel=2e-3)
     assert train.t_test([1.0, 1.0, 1.0])[0] == 0 and train.t_test([-1.0, 0.0, 1.0])[1] == 1
 
 
@@ -1482,7 +1497,7 @@ def test_contrasts(tmp_path):
         row("mpvg - pvg", mpvg_ - 5, 3.182, "95.00", "inconclusive", "+0.20", "vit-lite", "inside"),  # as Holm stopped
         row("mpvg - default", mpvg_, 5.392, "98.75", "agrees", "+1.97", "vit-lite", "outside"),
         row("pvg - lape-gap", 5 - lape_gap, 3.182, "95.00", "", "+0.93", "deit-tiny", "outside")]
-    for method, seed in itertools.product(("default", "lape"), range(3)):        # the paper has no numbers
+    for method, seed in product(("default", "lape"), range(3)):        # the paper has no numbers
         write_run(tmp_path / "numbers" / f"{method}{seed}", [50.0 + seed], data="numbers", method=method, seed=seed)
     assert "Contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
     few = rows_of(report(tmp_path, *tmp_path.glob("default[0-2]"), *tmp_path.glob("lape[0-2]")).out)
@@ -1495,17 +1510,17 @@ def test_measure_is_what_it_says(method):
     (tokens, pe, found), p = train.measure(model, [(x, None) for x in batches]), model.state_dict()
     layers = equations(p, torch.cat(batches), **METHODS[method])[2]
     for i, (_, normed, e) in enumerate(layers):
-        torch.testing.assert_close(tokens[i], normed.mean(0), rtol=1e-8, atol=1e-8)
+        assert_close(tokens[i], normed.mean(0), rtol=1e-8, atol=1e-8)
         assert (pe[i] is None) == (found["correlation"][i] is None) == (e is None)
         if e is not None:
             r = np.corrcoef(normed.mean(0).flatten(), e.broadcast_to(1, *normed.shape[1:]).flatten())[0, 1]
-            assert found["correlation"][i] == pytest.approx(r, abs=1e-6)
+            assert found["correlation"][i] == approx(r, abs=1e-6)
     stream, normed, last = layers[-1]
     before, after = stream.mean(1), normed.mean(1)
     cosine = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
-    assert found["cosine"] == pytest.approx(cosine.mean().item())
+    assert found["cosine"] == approx(cosine.mean().item())
     offset = p["norm.bias"] + (0 if last is None else last.reshape(-1, 16).mean(0))
-    assert found["offset"] == pytest.approx(offset.tolist())
+    assert found["offset"] == approx(offset.tolist())
     assert (found["beta"], found["gamma"]) == (p["norm.bias"].tolist(), p["norm.weight"].tolist())
 
 
@@ -1526,12 +1541,12 @@ def test_measure_position_is_a_ridge_regression(method):
         return 100 * (((test - center) @ weights).argmax(1) == index).mean()
 
     inputs, normed, pe = zip(*equations(model.state_dict(), x, **METHODS[method])[2])
-    assert found["stream"] == pytest.approx([read(tokens) for tokens in inputs[:-1]])
-    assert found["normed"] == pytest.approx([read(tokens) for tokens in normed])
-    assert found["attention"] == pytest.approx([None if e is None else read(y + e) for y, e in zip(normed, pe[:-1])])
-    generator = torch.Generator().manual_seed(0)
+    assert found["stream"] == approx([read(tokens) for tokens in inputs[:-1]])
+    assert found["normed"] == approx([read(tokens) for tokens in normed])
+    assert found["attention"] == approx([None if e is None else read(y + e) for y, e in zip(normed, pe[:-1])])
+    generator = seeded(0)
     right = [model(train.shuffle_patches(part, 4, generator)).argmax(1) for part in (x[:10], x[10:])]
-    assert found["shuffled"] == pytest.approx(100 * (torch.cat(right) == labels).double().mean().item())
+    assert found["shuffled"] == approx(100 * (torch.cat(right) == labels).double().mean().item())
     assert found["ordered"] == 100
 
 
@@ -1563,18 +1578,18 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     result = ok(report(tmp_path, folder, draw=True))
     model = load_weights(create("vit-nano", "mpvg"), folder / "last.pt").eval()
     *_, expected = train.measure(model, [(train.normalise(make_numbers(40, 2)[0], "numbers"), None)])
-    found = json.loads((folder / "mechanism.json").read_text())
-    assert found["correlation"] == pytest.approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
-    assert found["offset"] == pytest.approx(expected["offset"], abs=1e-5) and len(found["beta"]) == 128
+    found = read_json(folder / "mechanism.json")
+    assert found["correlation"] == approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
+    assert found["offset"] == approx(expected["offset"], abs=1e-5) and len(found["beta"]) == 128
     assert found["images"] == 40
     for name in ("beta", "offset"):
-        assert found[f"{name}_variance"] == pytest.approx(np.var(found[name], ddof=1))
+        assert found[f"{name}_variance"] == approx(np.var(found[name], ddof=1))
     torch.manual_seed(0)
     fresh = create("vit-nano", "mpvg")
     before = fresh.last_norm_pe(fresh.delivered_pe()).mean(1)[0].tolist()
-    assert found["offset_before"] == pytest.approx(before, abs=1e-6)
+    assert found["offset_before"] == approx(before, abs=1e-6)
     report(tmp_path, folder, "--images", 10)
-    assert json.loads((folder / "mechanism.json").read_text())["images"] == 10
+    assert read_json(folder / "mechanism.json")["images"] == 10
     (folder / "last.pt").unlink()
     again = report(tmp_path, folder)
     assert "index read from x" in again.out and "the figures need matplotlib: pip install matplotlib" in again.out
@@ -1594,7 +1609,7 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
         f"{lite}, init b-METHOD-x-seedN": dict(init="a/b/{method}-x-seed{seed}"),
         f"{lite}, init b-x-mpvg-last_pe=2-x-seed0": dict(init="a/b/x-mpvg-last_pe=2-x-seed0"),
         f"{lite}, init b-mpvg-last_pe=2-x-seed10": dict(init="a/b/mpvg-last_pe=2-x-seed10")}
-    for (i, changes), seed, method in itertools.product(enumerate(settings.values()), range(2), variants):
+    for (i, changes), seed, method in product(enumerate(settings.values()), range(2), variants):
         init = changes.get("init", "").format(method=method, seed=seed) or None
         write_run(tmp_path / f"{i}{method}{seed}", [70.0], overrides={"last_pe": int(method[-1])}, seed=seed,
                   **changes | dict(init=init))
@@ -1621,7 +1636,7 @@ def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
     asked, threads, loaded, both = [], set(), [], threading.Barrier(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setitem(train.DATASETS, "numbers", dataclasses.replace(
+    monkeypatch.setitem(train.DATASETS, "numbers", replace(
         train.DATASETS["numbers"], load=lambda root, train: loaded.append(root)))
 
     def run(command, env, **_):
@@ -1683,15 +1698,15 @@ def test_an_accelerator_computes_what_the_cpu_does(accelerator):
     model, x = randomise(create("vit-nano", "mpvg"), 0.1).float(), images(2, (32, 32), dtype=torch.float32)
     for net in (model, fold(model)):
         logits = net(x)
-        torch.testing.assert_close(net.to(accelerator)(x.to(accelerator)).cpu(), logits, rtol=0, atol=0.01)
+        assert_close(net.to(accelerator)(x.to(accelerator)).cpu(), logits, rtol=0, atol=0.01)
         net.cpu()
     for data in ("cifar100", "imagenet"):
-        recipe = dataclasses.replace(train.DATASETS[data].recipe, batch_size=50, erase=0.0)  # erasing's noise differs
+        recipe = replace(train.DATASETS[data].recipe, batch_size=50, erase=0.0)  # erasing's noise differs
         config = dict(data=data, image_size=32, num_classes=100, seed=3)
         epochs = [train.train_batches(train.ArrayData(*make_numbers(200, 1), device), recipe, config, 0)
                   for device in ("cpu", "cuda" if accelerator.type == "cuda" else "cpu")]
         for (x, targets), (y, others) in zip(*epochs, strict=True):
-            torch.testing.assert_close(others.cpu(), targets)
+            assert_close(others.cpu(), targets)
             assert (x - y.cpu()).abs().mean() < 0.005                           # a level of 255 is 0.014
 
 
@@ -1712,14 +1727,14 @@ def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(a
     modes = ("off", "on", "graphs") if accelerator.type == "cuda" else ("off",)
     plain = losses("plain")
     for mode in modes:
-        assert losses(mode, "--compile", mode) == pytest.approx(plain, rel=rel)
+        assert losses(mode, "--compile", mode) == approx(plain, rel=rel)
         flags = "--compile", mode, "--method", "mpvg:attn_drop=0.5:drop_path=0.5"
         whole = losses(f"{mode}-whole", *flags)
         with monkeypatch.context() as patch:
             patch.setattr(train, "save_checkpoint", save_and_stop)
             assert len(losses(f"{mode}-resumed", *flags, code=130)) == 1
-        assert losses(f"{mode}-resumed", *flags, "--resume") == pytest.approx(whole, rel=rel / 10)
-        assert whole != pytest.approx(plain, rel=1e-5)                          # dropout was on
+        assert losses(f"{mode}-resumed", *flags, "--resume") == approx(whole, rel=rel / 10)
+        assert whole != approx(plain, rel=1e-5)                          # dropout was on
 
 
 # ------------------------------------------------------------------------------------------------------------ bench.py
@@ -1755,7 +1770,7 @@ def test_flops_and_bytes_are_those_of_the_closed_formulas(model, pool):
     N = patches + (pool == "cls")
     embed = 2 * patches * 3 * p * p * D
     flops = embed + L * (2 * N * D * D * (3 + 1 + 2 * h) + 4 * N * N * D) + 2 * D * C
-    P = sum(parameter.numel() for parameter in create(model, bench.PLAIN[pool]).parameters())
+    P = parameter_count(create(model, bench.PLAIN[pool]))
     once = P + batch * 3 * side * side
     values = batch * N * L * D * ((1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 2))
     assert bench.count_work(c, pool, False, batch, 2) == (batch * flops, 2 * (once + values))
@@ -1771,19 +1786,19 @@ def test_peers_are_models_of_the_same_size(name, qkv_bias):
     peer, pool = bench.build(name, c)
     ours = ViT(**{**c, **METHODS[bench.PLAIN[pool]]})
     assert pool == ("gap" if " gap" in name else "cls")
-    count, own = (sum(parameter.numel() for parameter in model.parameters()) for model in (peer, ours))
+    theirs, own = parameter_count(peer), parameter_count(ours)
     if "vit-pytorch" in name:  # never a bias in qkv; two norms more, around the patch embedding
         own += 2 * 3 * 8 * 8 + 2 * 128 - 2 * 3 * 128 * qkv_bias
     if name == "torchvision":  # always a bias in qkv
         own += 2 * 3 * 128 * (not qkv_bias)
-    assert count == own
+    assert theirs == own
     x = images(2, (32, 32))
     logits = randomise(peer)(x)
-    torch.testing.assert_close(peer.train()(x), logits, rtol=1e-10, atol=1e-10)  # without dropout
+    assert_same(peer.train()(x), logits)  # without dropout
     assert getattr(logits, "logits", logits).shape == (2, 100)
     if "timm" in name:                                                          # the very same model
         load_weights(ours.double().eval(), peer.state_dict())
-        torch.testing.assert_close(ours(x), logits, rtol=1e-10, atol=1e-10)
+        assert_same(ours(x), logits)
 
 
 def timed(name, pool, seconds, work=0):
@@ -1806,20 +1821,20 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
                     torchvision=[0.2, 0.1, 0.8], timm=[0.3, 0.4, 0.5], timm_gap=[0.1, 0.1, 0.1])
     rows = {row["name"]: row for row in table["rows"]}
     assert list(rows) == ["default", "gap", "mpvg", "torchvision", "timm", "timm gap"]
-    assert rows["mpvg"]["speed_to_plain"] == pytest.approx([1.0, 0.5, 2.5])     # beside gap
-    assert rows["default"]["speed_to_plain"] == [1, 1, 1] and rows["timm"]["speed_to_plain"][0] == pytest.approx(0.5)
+    assert rows["mpvg"]["speed_to_plain"] == approx([1.0, 0.5, 2.5])     # beside gap
+    assert rows["default"]["speed_to_plain"] == [1, 1, 1] and rows["timm"]["speed_to_plain"][0] == approx(0.5)
     assert rows["default"]["best_peer"] == "torchvision" and rows["mpvg"]["best_peer"] == "timm gap"
-    assert rows["default"]["speed_to_best_peer"] == pytest.approx([2.0, 0.5, 2.0])
+    assert rows["default"]["speed_to_best_peer"] == approx([2.0, 0.5, 2.0])
     for row in rows.values():
         plain = dict(default=2 / 0.2, gap=2 / 0.3)[row["plain"]]
-        assert row["images_per_second"] == pytest.approx(plain * row["speed_to_plain"][0])
-        assert row["milliseconds"] == pytest.approx(
+        assert row["images_per_second"] == approx(plain * row["speed_to_plain"][0])
+        assert row["milliseconds"] == approx(
             [2000 / row["images_per_second"], 1000 * min(row["seconds"]), 1000 * max(row["seconds"])])
     flops, moved = bench.count_work(sizes("vit-nano"), "gap", False, 2, 4)
     operations, copied = 2 * 2048 ** 3, 2 * 4 * 2 ** 26
-    assert rows["gap"]["share_of_peak"] == pytest.approx(flops / operations * 0.04 / 0.5)
-    assert rows["gap"]["share_of_roofline"] == pytest.approx(moved / copied * 4.0 / 0.5)    # this copy bounds more
-    assert table["matmul_flops"] == pytest.approx(operations / 0.02) and table["copy_bytes"] == copied / 2.0
+    assert rows["gap"]["share_of_peak"] == approx(flops / operations * 0.04 / 0.5)
+    assert rows["gap"]["share_of_roofline"] == approx(moved / copied * 4.0 / 0.5)    # this copy bounds more
+    assert table["matmul_flops"] == approx(operations / 0.02) and table["copy_bytes"] == copied / 2.0
     text = bench.as_text("inference-eager", table)
     assert re.search(r"mpvg +1\.000 0\.500-2\.500 +0\.500 0\.333-0\.500 ", text)
     assert "300 (200-300)" in text and max(map(len, text.splitlines())) <= 100
@@ -1832,17 +1847,17 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
     assert "not measured" in bench.verdict({"training-eager": alone})
     for row in alone["rows"]:
         assert row["speed_to_plain"] is row["speed_to_best_peer"] is row["plain"] is row["best_peer"] is None
-        assert row["images_per_second"] == pytest.approx(2 / row["seconds"][0])
+        assert row["images_per_second"] == approx(2 / row["seconds"][0])
 
 
 def test_the_interval_of_a_median():
     """Two of the sorted ratios; for 20 the 6th and the 15th, between which a median lies with 95.9 % probability."""
-    random = torch.Generator().manual_seed(0)
+    random = seeded(0)
     for n, first, covers in ((20, 5, 0.959), (10, 1, 0.979), (6, 0, 0.969), (3, 0, 0.75)):
         seconds = torch.rand(2000, n, generator=random).double() + 0.5          # their median is 1
         found = [bench.speed(timed("a", "", [1.0] * n), timed("b", "", row)) for row in seconds.tolist()]
         assert found[0] == [seconds[0].quantile(0.5).item(), *seconds[0].sort().values[[first, n - 1 - first]].tolist()]
-        assert sum(low <= 1 <= high for _, low, high in found) / 2000 == pytest.approx(covers, abs=0.02)
+        assert sum(low <= 1 <= high for _, low, high in found) / 2000 == approx(covers, abs=0.02)
 
 
 def test_memory_is_what_is_held_and_what_a_call_allocates(quick):
@@ -1852,9 +1867,9 @@ def test_memory_is_what_is_held_and_what_a_call_allocates(quick):
         del first, second
         torch.ones(2 ** 17)
 
-    memory, attention = bench.look_inside(call, 1000, torch.device("cpu"))
+    memory, attention = bench.look_inside(call, 1000, CPU)
     assert 3 * 2 ** 20 + 1000 <= memory < 3.2 * 2 ** 20 and attention is None
-    setup = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, precision="fp32", mode="reduce-overhead",
+    setup = SimpleNamespace(device=CPU, dtype=torch.float32, precision="fp32", mode="reduce-overhead",
                             sizes=sizes("vit-nano"))
     batch = images(4, (32, 32), dtype=torch.float32), torch.arange(4)
     one = bench.make_contestant("gap", "inference-compiled", [batch], setup)
@@ -1871,7 +1886,7 @@ def test_inference_has_weights_of_the_dtype_and_training_has_autocast_and_an_opt
     monkeypatch.setattr(bench, "build", lambda *_: (model, "gap"))
     expected = torch.float32 if training else dtype
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    setup = SimpleNamespace(device=torch.device("cpu"), dtype=dtype, precision=precision, sizes=None)
+    setup = SimpleNamespace(device=CPU, dtype=dtype, precision=precision, sizes=None)
     batches = torch.randn(3, 4, 3, 32, 32, dtype=expected), torch.arange(12).view(3, 4) % 5
     one = bench.make_contestant("gap", table, list(zip(*batches)), setup)
     assert {call[1:] for call in seen} == {(expected, training, training and dtype == torch.bfloat16)}
@@ -1950,7 +1965,7 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
                         "--methods", ",".join(names), "--json", tmp_path / "new" / "x.json",
                         "--mode", "max-autotune-no-cudagraphs"))
     assert {options["mode"] for options in quick} == {"max-autotune-no-cudagraphs"}
-    saved = json.loads((tmp_path / "new" / "x.json").read_text())
+    saved = read_json(tmp_path / "new" / "x.json")
     header, *tables, verdict = done.out.rstrip("\n").split("\n\n")
     assert header.replace("\n", " ") == ", ".join(f"{key} {value}" for key, value in saved["header"].items())
     assert saved["header"]["timm"] == "not installed" != saved["header"]["torchvision"]
@@ -2033,13 +2048,13 @@ def test_the_readmes_diff_turns_a_plain_vit_into_mpvg():
             name = re.sub(r"^pe_norms.(\d)", lambda found: f"blocks.{int(found[1]) + 1}.pe_norm", name)
             parameter.data = model.state_dict()[name.replace("last_pe_norm", "pe_norm")]
         assert sum(1 for _ in mine.parameters()) == len(model.state_dict())
-        torch.testing.assert_close(mine(images()), model(images()), rtol=1e-10, atol=1e-10)
+        assert_same(mine(images()), model(images()))
 
 
 def test_the_python_of_readme_and_guide_runs(trained, tmp_path, monkeypatch):
     exec(code(README, "from mpvg import create, fold"), shown := {})
     assert shown["logits"].shape == (2, 1000) and shown["tokens"].shape == (2, 196, 192)
-    torch.testing.assert_close(shown["exported"].module()(shown["images"]), shown["logits"])
+    assert_close(shown["exported"].module()(shown["images"]), shown["logits"])
     lines = re.findall(r"^    ((?:import|from|model =|logits = model).*)", mpvg.__doc__, re.M)
     exec("\n".join(lines), shown)
     assert len(lines) == 4 and shown["logits"].shape == (8, 100)
@@ -2059,7 +2074,7 @@ def test_timm_subclass_equals_mpvg():
     theirs = randomise(names["MPVG"](img_size=32, embed_dim=192, depth=3, num_heads=3))
     ours = load_weights(create("deit-tiny", "mpvg", image_size=32, depth=3).double().eval(), theirs.state_dict())
     x = images(2, (32, 32))
-    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-10, atol=1e-10)
+    assert_same(theirs(x), ours(x))
 
 
 def test_detection_trains_the_position_embedding():
@@ -2068,7 +2083,7 @@ def test_detection_trains_the_position_embedding():
     assert len(names["losses"]) == 5 and all(p.grad.norm() > 0 for p in (vit.pos_embed, vit.blocks[1].pe_norm.weight))
     assert names["detector"].eval()([torch.rand(3, 40, 70)])[0]["masks"].shape[2:] == (40, 70)
     last = vit.eval().forward_features(x) - fold(vit).forward_features(x)       # each place has its own row
-    torch.testing.assert_close(last, vit.pe_norm(vit.pos_embed), rtol=0, atol=1e-4)
+    assert_close(last, vit.pe_norm(vit.pos_embed), rtol=0, atol=1e-4)
 
 
 def test_segmentation_learns_the_ink():
@@ -2087,11 +2102,11 @@ def test_swin_is_torchvisions_with_a_pe_in_each_stage():
             e = own.pe_norm(e)
             block.norm1.register_forward_hook(lambda _, __, y, e=e: y + e)
     plain.norm.register_forward_hook(lambda _, __, y: y + model.pe_norm(model.pos_embed[3]))
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-10, atol=1e-10)
+    assert_same(model(x), plain(x))
     model(x).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
     larger = names["SwinMPVG"](image_size=224, num_classes=10, **names["swin_t"])
-    own, small, large = (sum(p.numel() for p in net.parameters()) for net in (plain, model, larger))
+    own, small, large = map(parameter_count, (plain, model, larger))
     assert f"{small - own:,} in all for 64-pixel images, {large - own:,} for 224" in GUIDE
 
 
@@ -2111,7 +2126,7 @@ def test_the_commands_of_the_texts_are_accepted(files, tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, begin)
     monkeypatch.setattr(bench, "environment", lambda device: {})                # it asks git
     given = [commands(text) for text in (README, GUIDE, train.__doc__, bench.__doc__)]
-    for program, *arguments in itertools.chain(*given):
+    for program, *arguments in chain(*given):
         begin.reset_mock()
         ok(run_cli(dict(train=train, bench=bench)[program].main,
                    *[str(files) if word in ("DIR", "digits") else word for word in arguments]))
@@ -2151,7 +2166,7 @@ def test_names_and_numbers_of_the_texts():
         assert (config["method"], config["overrides"]) == (name, {})
         assert row[5] == f"{train.PAPER['deit-tiny, imagenet, 300 epochs'][name]:.2f}"
     assert len(methods) == 7
-    tables = json.loads((ROOT / "results/bench/deit-tiny-cpu.json").read_text())["tables"]
+    tables = read_json(ROOT / "results/bench/deit-tiny-cpu.json")["tables"]
     shown = {row[0]: row[1:] for row in rows_of(README.partition("## Speed")[2])[2:]}
     measured = {name: [f"{row['speed_to_plain'][0]:.3f}" for table in tables.values() for row in table["rows"]
                        if row["name"] == name] for name in shown}
@@ -2161,7 +2176,7 @@ def test_names_and_numbers_of_the_texts():
     reached = "{:.2f}, {:.2f} and {:.2f}".format(*(line["test_accuracy"] for line in last))
     assert f"seeds 0 to 2 reached {reached} % test accuracy" in " ".join(README.split())
     for path in ROOT.glob("results/bench/*.json"):
-        for item in json.loads(path.read_text())["tables"].items():
+        for item in read_json(path)["tables"].items():
             assert bench.as_text(*item) in path.with_suffix(".txt").read_text(), path
 
 
