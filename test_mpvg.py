@@ -62,7 +62,7 @@ def run_cli(main, *arguments):
             main()
         except SystemExit as end:
             code = end.code or 0
-    message = f"{code}\n" if isinstance(code, str) else ""                      # Python prints it and exits with 1
+    message = f"{code}\n" if isinstance(code, str) else ""  # Python prints it and exits with 1
     return SimpleNamespace(code=1 if message else code, out=out.getvalue(), err=err.getvalue() + message)
 
 
@@ -131,7 +131,7 @@ def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True
 
     -> tokens after the last norm and its PE; logits; (x_l, LN_l(x_l), its PE or None) of each block and the last norm.
     """
-    pieces = img.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5)   # (B, h, w, C, p, p)
+    pieces = img.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5)  # (B, h, w, C, p, p)
     x = pieces.flatten(3).flatten(1, 2) @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
     if pool == "cls":
         x = torch.cat([p["cls_token"].expand(len(x), 1, -1), x], dim=1)
@@ -253,7 +253,7 @@ PAPER_COUNTS = {  # in thousands, cut: default, lape, pvg, mpvg
 def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch):
     """It needs only torch. Two of the paper's 16 counts differ in the last digit: results/fidelity.md."""
     for name in ("train", "bench", "torchvision", "PIL", "typer"):
-        monkeypatch.setitem(sys.modules, name, None)                            # as if it were not there
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     with contextlib.redirect_stdout(out := io.StringIO()):
         runpy.run_path(str(ROOT / "mpvg.py"), run_name="__main__")
     rows = [line.split() for line in out.getvalue().splitlines()]
@@ -261,7 +261,7 @@ def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch):
     differ = [(model, paper) for model, default, _, *others in rows[-6:]
               for own, paper in zip((default, *others), PAPER_COUNTS.get(model, ()))
               if int(own.replace(",", "")) // 1000 != paper]
-    assert differ == [("vit-lite", 3744), ("deit-tiny", 5721)]                  # both are lape's
+    assert differ == [("vit-lite", 3744), ("deit-tiny", 5721)]  # both are lape's
 
 
 def test_equals_torchvision():
@@ -311,13 +311,13 @@ def test_fact_3_two_offsets_learn_the_same_as_one_at_twice_the_learning_rate():
         assert beta.abs().mean() > 0.01
         assert_close(beta, dict(model.named_parameters())[twin], rtol=0, atol=1e-12)
         logits.append(model.eval()(images()))
-    assert_same(*logits[2:])                 # mpvg-shift's and pvg's
+    assert_same(*logits[2:])  # mpvg-shift's and pvg's
 
 
 def test_only_a_model_without_pe_ignores_the_order_of_patches():
     x = images(1).repeat(2, 1, 1, 1)
     shuffled = train.shuffle_patches(x, 4, seeded(0))
-    assert not torch.equal(shuffled[0], shuffled[1])                            # each image has an order of its own
+    assert not torch.equal(shuffled[0], shuffled[1])  # each image has an order of its own
     blind = tiny(None, pe="none", pool="gap")
     assert_same(blind(shuffled), blind(x))
     for method in METHODS:
@@ -336,7 +336,7 @@ def test_compiled_equals_eager(method):
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     x, y = images(dtype=torch.float32), torch.arange(4)
     results = []
-    plain = torch._inductor.config.patch({"cpp.simdlen": 1})                    # without SIMD it compiles faster
+    plain = torch._inductor.config.patch({"cpp.simdlen": 1})  # without SIMD it compiles faster
     with torch._dynamo.config.patch(error_on_recompile=True), plain:
         for net in (model, compiled, compiled):
             model.zero_grad()
@@ -350,10 +350,10 @@ def test_compiled_equals_eager(method):
 
 def test_export_for_any_batch_size_and_compilation_of_a_folded_model():
     batch = torch.export.Dim("batch", min=1, max=64)
-    for net in (tiny("lape"), fold(tiny("mpvg"))):                              # a class token is expanded to the batch
+    for net in (tiny("lape"), fold(tiny("mpvg"))):  # a class token is expanded to the batch
         exported = torch.export.export(net, (images(2),), dynamic_shapes=({0: batch},), strict=True).module()
         assert_same(exported(images(5)), net(images(5)))
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")          # the folded one
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")  # the folded one
     assert_same(compiled(images()), tiny("mpvg")(images()))
 
 
@@ -362,7 +362,7 @@ def test_drop_path_drops_a_branch_of_some_images_and_scales_it_for_the_others(si
     model, x = tiny("mpvg", drop_path=0.25), torch.randn(1, 6, 16, dtype=torch.float64).repeat(4000, 1, 1)
     assert [block.drop_path for block in model.blocks] == approx([0, 0.125, 0.25])
     block = model.blocks[2]
-    for parameter in block.get_submodule(silent).parameters():                  # leaves the other branch alone
+    for parameter in block.get_submodule(silent).parameters():  # leaves the other branch alone
         torch.nn.init.zeros_(parameter)
     branch, found = block(x) - x, block.train()(x) - x
     dropped = (found == 0).all(dim=(1, 2))
@@ -474,7 +474,7 @@ def test_load_weights_from_files(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="model.pt cannot be loaded safely: it is damaged"):
             load_weights(source, path)
-    for nowhere in (tmp_path / "no.pt", tmp_path, path / "no.pt"):              # not called damaged
+    for nowhere in (tmp_path / "no.pt", tmp_path, path / "no.pt"):  # not called damaged
         with pytest.raises(OSError, match=re.escape(str(nowhere))):
             load_weights(source, nowhere)
 
@@ -503,7 +503,7 @@ def test_load_weights_resizes_the_pe(method, old, new, untold):
     if untold:
         with pytest.raises(ValueError, match=re.escape(untold)):
             load_weights(model, source)
-    load_weights(model, source, old_grid=None if old == (2, 2) else old)        # a square needs no telling
+    load_weights(model, source, old_grid=None if old == (2, 2) else old)  # a square needs no telling
     for name in {"pos_embed", "last_pos_embed"} & source.keys():
         expected = resize_pos_embed(source[name], old, new, prefix=int("cls_token" in source))
         assert torch.equal(model.state_dict()[name], expected)
@@ -517,12 +517,12 @@ def test_load_weights_starts_a_gap_model_from_a_plain_vits_weights(start, method
         with pytest.raises(ValueError, match="from_plain.*: .*unexpected cls_token"):
             load_weights(model, source)
     assert load_weights(model, {"model": source}, from_plain=True) is model
-    p = source | {"pos_embed": source["pos_embed"][:, -6:]}                     # without the class token's row
+    p = source | {"pos_embed": source["pos_embed"][:, -6:]}  # without the class token's row
     logits = equations(p, images(), pe=METHODS[start]["pe"], pool="gap")[1]
     assert_same(model(images()), logits)
     train_step = train.make_train_step(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     losses = [train_step(images(8, seed=seed), torch.arange(8) % 5) for seed in range(50)]
-    assert torch.stack(losses).isfinite().all()                                 # the PE norms learn one after the other
+    assert torch.stack(losses).isfinite().all()  # the PE norms learn one after the other
     assert all((value != 0).all() for name, value in model.named_parameters() if name.endswith("pe_norm.weight"))
     larger = load_weights(tiny(method, image_size=16), source, from_plain=True, old_grid=(2, 3))
     assert torch.equal(larger.pos_embed, resize_pos_embed(p["pos_embed"], (2, 3), (4, 4)))
@@ -656,7 +656,7 @@ def test_boxes_and_operations_are_distributed_as_published():
         counts = column[column >= 0].bincount(minlength=15) / 20_000
         assert len(counts) == 15 and (counts - 1 / 15).abs().max() < 0.01
     pairs = draws["operation"] + 1
-    assert (pairs[:, 0] * 16 + pairs[:, 1]).unique().numel() == 256              # with replacement, each by itself
+    assert (pairs[:, 0] * 16 + pairs[:, 1]).unique().numel() == 256  # with replacement, each by itself
     strength, sign = draws["magnitude"].abs(), draws["magnitude"].sign()
     assert strength.mean() == approx(9, abs=0.02) and strength.max() == 10
     assert strength[strength < 10].std() == approx(0.49, abs=0.02)
@@ -672,10 +672,10 @@ def test_mixing_is_distributed_as_published():
     lam = flat[~boxed][:, 0]
     assert (flat[~boxed] == lam[:, None]).all()
     assert lam.mean() == approx(0.5, abs=0.02) and lam.std() == approx((0.25 / 2.6) ** 0.5, abs=0.02)
-    for mask in keep[boxed][:50] == 0:                                          # one box, at most half outside
+    for mask in keep[boxed][:50] == 0:  # one box, at most half outside
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert mask.sum() == len(rows) * len(columns) == mask[:, mask.any(0)][mask.any(1)].numel()
-    share = (keep[boxed] == 0).float().mean((1, 2))                             # clipped boxes: under 1 - lambda
+    share = (keep[boxed] == 0).float().mean((1, 2))  # clipped boxes: under 1 - lambda
     assert 0.2 < share.mean() < 0.45 and share.max() > 0.8
     boxes = train.draw_mixing(200, 32, replace(CIFAR, mixup=0.0))
     blends = train.draw_mixing(200, 32, replace(CIFAR, cutmix=0.0)).flatten(1)
@@ -712,12 +712,12 @@ def test_prepare_mixes_then_erases():
     assert_close(plain, (x / 255 - mean) / std)
     assert torch.equal(labels, y)
 
-    keep = torch.full((2, 32, 32), 0.3125)                                      # exact in binary
+    keep = torch.full((2, 32, 32), 0.3125)  # exact in binary
     keep[1] = 1
     keep[1, 4:20, 8:16] = 0
     mixed, shares = prepare(x.clone(), draws=draws, keep=keep, recipe=off, seed=0)
     for step, i in product(range(2), range(6)):
-        own, (a, b) = keep[step], (x[step, j].float() for j in (i, i ^ 1))      # the partner: the neighbour
+        own, (a, b) = keep[step], (x[step, j].float() for j in (i, i ^ 1))  # the partner: the neighbour
         assert_close(mixed[step, i], ((own * a + (1 - own) * b).round() / 255 - mean) / std)
         a, b = F.one_hot(y[step], 20)[[i, i ^ 1]]
         assert_close(shares[step, i], own.mean() * a + (1 - own.mean()) * b)  # as the box turned out
@@ -727,11 +727,11 @@ def test_prepare_mixes_then_erases():
     erased, _ = prepare(x.clone(), draws=draws, keep=keep, recipe=erasing, seed=5)
     mask = train.box_mask(draws["erase"], 32).view(2, 6, 1, 32, 32).expand_as(erased)
     assert torch.equal(erased[~mask], mixed[~mask]) and 0.05 < mask.float().mean() < 0.33
-    assert (erased[:, :, 0] != erased[:, :, 1])[mask[:, :, 0]].all()            # noise of its own in each channel
+    assert (erased[:, :, 0] != erased[:, :, 1])[mask[:, :, 0]].all()  # noise of its own in each channel
     assert erased[mask].mean() == approx(0, abs=0.05) and erased[mask].std() == approx(1, abs=0.05)
     noise = [image[box] for image, box in zip(erased.flatten(0, 1), mask.flatten(0, 1))]
-    assert len({tuple(values[:5].tolist()) for values in noise}) == 12          # of its own for each image
-    first = replace(erasing, erase_first=True)                      # DeiT's order: floats are mixed
+    assert len({tuple(values[:5].tolist()) for values in noise}) == 12  # of its own for each image
+    first = replace(erasing, erase_first=True)  # DeiT's order: floats are mixed
     alone, _ = prepare(x.clone(), draws=draws, keep=None, recipe=erasing, seed=5)
     mixed_after, _ = prepare(x.clone(), draws=draws, keep=keep, recipe=first, seed=5)
     partner = alone.unflatten(1, (3, 2)).flip(2).flatten(1, 2)
@@ -762,7 +762,7 @@ def test_numbers_are_balanced_and_repeatable(monkeypatch):
     again, other = make_numbers(500, seed=1), make_numbers(500, seed=2)
     assert torch.equal(again[0], x) and torch.equal(again[1], y) and not torch.equal(other[0], x)
     bright = x.float().mean((1, 2, 3))
-    assert bright.min() < 90 and bright.max() > 160                             # light on dark and dark on light
+    assert bright.min() < 90 and bright.max() > 160  # light on dark and dark on light
     monkeypatch.setattr(train, "numbers", lambda count, seed: (count, seed))
     assert [load_numbers("", train) for train in (True, False)] == [(30_000, 1), (4_000, 2)]
 
@@ -830,7 +830,7 @@ def test_crops_are_pillows(files):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd, workers):
-    data, cut, empty = load_files(files, workers), 17 + 3, 17 + 4               # class b's follow the 17 files of a
+    data, cut, empty = load_files(files, workers), 17 + 3, 17 + 4  # class b's follow the 17 files of a
     path = data["train"].samples[cut][0]
     train.warn.cache_clear()
     (x, y), = data["train"].read_batches([[(cut, 5), (0, 6), (empty, 7), (1, 8)]])
@@ -840,7 +840,7 @@ def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd, work
     data["train"].samples = [(str(files / f"{i}.JPEG"), 0) for i in range(30)]  # as if the disk were gone
     with pytest.raises(OSError, match="and the 19 files before it cannot be decoded"):
         data["train"][0, 0]
-    data["test"].samples[7] = path, 1                                           # all test images count, or none
+    data["test"].samples[7] = path, 1  # all test images count, or none
     with pytest.raises(OSError, match=r"test image .*/b/03.JPEG cannot be decoded \(image file is truncated"):
         list(data["test"].test_batches())
 
@@ -883,10 +883,10 @@ def test_each_process_erases_with_noise_of_its_own():
     config = dict(data="cifar100", image_size=32, num_classes=100, seed=3)
     data = train.ArrayData(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12))
     shares = [next(train.train_batches(data, recipe, config, 2, rank, 3))[0] for rank in range(3)]
-    _, (seed,) = train.epoch_order(recipe, 12, 3, epoch=2)                      # crops and boxes are drawn with it
+    _, (seed,) = train.epoch_order(recipe, 12, 3, epoch=2)  # crops and boxes are drawn with it
     shares.append(torch.randn(4, 3, 32, 32, generator=seeded(seed)))
     for a, b in combinations([set(share.flatten().tolist()) for share in shares], 2):
-        assert len(a & b) < 10                                                  # three of them are the blank image's
+        assert len(a & b) < 10  # three of them are the blank image's
 
 
 def test_repeated_augmentation_and_partners():
@@ -897,7 +897,7 @@ def test_repeated_augmentation_and_partners():
         places = order.flatten().tolist()
         assert order.shape == (4, 22) and len(seeds) == 4
         assert max(places.count(image) for image in places) == repeats
-        assert all(a != b for a, b in zip(places[::2], places[1::2]))           # never mixed with itself
+        assert all(a != b for a, b in zip(places[::2], places[1::2]))  # never mixed with itself
         assert places[:6] == once.flatten()[pattern].tolist()
 
 
@@ -1001,7 +1001,7 @@ def plain_loop(recipe, method, data, seed):
     return model, losses, accuracies
 
 
-@pytest.mark.parametrize("data, method, lr_per, seed", [                        # cifar100 also decays the PE
+@pytest.mark.parametrize("data, method, lr_per, seed", [  # cifar100 also decays the PE
     ("numbers", "mpvg-free", "step", 0), ("numbers", "default", "epoch", 1), ("cifar100", "mpvg", "epoch", 5)])
 def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
     changes = dict(weight_decay=2, label_smoothing=0.3, warmup_epochs=0.6, cooldown_epochs=1, crop_scale=1, flip=0,
@@ -1064,7 +1064,7 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
         config, weights = trained_with(**{name: value})
         assert config[name] == value != standard[name]
         changed = {key for key in config if config[key] != standard[key]}
-        assert changed <= {name, "warmup_epochs"}                               # the warm-up follows the epochs
+        assert changed <= {name, "warmup_epochs"}  # the warm-up follows the epochs
         assert not torch.equal(weights, standard_weights), name
 
 
@@ -1115,12 +1115,12 @@ def test_init_and_freeze(cli, trained, tmp_path):
     result = ok(cli("--epochs", 2, "--lr", 0, "--init", first, "--name", "same"))
     assert f"starts from {first}, with its head" in result.out
     assert_identical(load(tmp_path / "same")["model"], weights)
-    assert len(load(tmp_path / "same", "best.pt")["log"]) == 1                  # of equally good epochs the first
+    assert len(load(tmp_path / "same", "best.pt")["log"]) == 1  # of equally good epochs the first
     ok(cli("--epochs", 1, "--init", first / "last.pt", "--freeze", "--name", "probe"))
     for name, value in load(tmp_path / "probe")["model"].items():
         assert torch.equal(value, weights[name]) == (not name.startswith("head")), name
     ten = weights | {"head.weight": weights["head.weight"][:10], "head.bias": weights["head.bias"][:10]}
-    torch.save(ten, tmp_path / "ten.pt")                                        # other classes: a new head
+    torch.save(ten, tmp_path / "ten.pt")  # other classes: a new head
     for init, data in ((tmp_path / "ten.pt", "numbers"), (first, "cifar100")):  # the second: as many, but others
         result = ok(cli("--model", "vit-nano", "--epochs", 1, "--lr", 0, "--init", init, "--name", data, data=data))
         assert "with a new head" in result.out
@@ -1192,18 +1192,18 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
 
     while 0 not in ends:
         process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run_cli(train.main, *flags).code))
-        process.start()                                                         # a fork has the small data
-        os.setpgid(process.pid, process.pid)                                    # to kill its workers with it
+        process.start()  # a fork has the small data
+        os.setpgid(process.pid, process.pid)  # to kill its workers with it
         until, limit = epochs() + random.choice((0, 1)), time.monotonic() + 60
         while process.is_alive() and epochs() < until and time.monotonic() < limit:
             time.sleep(0.01)
-        time.sleep(seconds / 5 * random.random())                               # within the next epoch, more or less
+        time.sleep(seconds / 5 * random.random())  # within the next epoch, more or less
         if process.is_alive():
-            if len(ends) == 1:                                                  # nobody else may train there
+            if len(ends) == 1:  # nobody else may train there
                 one_line(cli(*flags, data=data), "another process is training in")
             os.killpg(process.pid, (signal.SIGKILL, signal.SIGINT)[len(ends) % 2])
         process.join(60)
-        if process.is_alive():                                                  # a fork can hang
+        if process.is_alive():  # a fork can hang
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
         ends.append(process.exitcode)
@@ -1218,9 +1218,9 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
 
 def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
     flags, folder = ["--epochs", 1, "--batch-size", 50], tmp_path / MPVG
-    ok(cli(*flags, "--resume"))                                                 # nothing was saved yet
+    ok(cli(*flags, "--resume"))  # nothing was saved yet
     before, log = (folder / "last.pt").read_bytes(), log_of(folder)
-    (folder / "log.jsonl").write_text("")                                       # as a kill may leave it: older
+    (folder / "log.jsonl").write_text("")  # as a kill may leave it: older
     again = ok(cli(*flags, "--resume"))
     assert "resumes after epoch 1" in again.out and log_of(folder) == log
     one_line(cli(*flags, "--lr", 0.5, "--seed", 1, "--name", MPVG, "--resume"),
@@ -1235,7 +1235,7 @@ def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
 def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkeypatch):
     flags, folder = ["--epochs", 1, "--batch-size", 20], tmp_path / MPVG
     ok(cli(*flags))
-    (folder / "mechanism.json").write_text("{}")                                # of these weights
+    (folder / "mechanism.json").write_text("{}")  # of these weights
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     one_line(cli(*flags, "--overwrite", "--recipe", "weight_decay=1000000", "--lr", "1000000"),
              "error: the test loss is not finite, the run has diverged: try a lower --lr")
@@ -1248,7 +1248,7 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
             result = cli(*flags, *more)
             assert result.code == 130 and result.out.endswith(
                 f"\nstopped: --resume continues after the last finished epoch, if there is one{advice}\n")
-        result = ok(report(tmp_path, folder))                                   # tables need no new file
+        result = ok(report(tmp_path, folder))  # tables need no new file
         assert "mechanism.json cannot be written (No space" in result.err and "last epoch %" in result.out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))  # some network disks
@@ -1269,7 +1269,7 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     path.write_bytes(path.read_bytes()[:5000])
     for result in (evaluation(folder), cli("--resume")):
         one_line(result, says)
-    result = ok(report(tmp_path, folder))                                       # tables need no weights
+    result = ok(report(tmp_path, folder))  # tables need no weights
     assert f"{folder} was not measured again ({says}" in result.err and "last epoch %" in result.out
     one_line(evaluation(tmp_path / "nowhere"), "nowhere cannot be read (No such file")
 
@@ -1279,14 +1279,14 @@ import os, signal, sys, torch
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 import train
-def lr_at(*args, steps=[], lr_at=train.lr_at):                       # process 1 kills itself in step 6, epoch 2
+def lr_at(*args, steps=[], lr_at=train.lr_at):  # process 1 kills itself in step 6, epoch 2
     steps.append(1)
     if (train.RANK, len(steps)) == (1, 6) and "--resume" not in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
     return lr_at(*args)
 train.lr_at = lr_at
 os.makedirs(f"disk{train.RANK}", exist_ok=True)
-os.chdir(f"disk{train.RANK}")                                        # as if each process had a machine of its own
+os.chdir(f"disk{train.RANK}")  # as if each process had a machine of its own
 train.main()
 """
 
@@ -1294,7 +1294,7 @@ train.main()
 def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli, tmp_path, monkeypatch, request):
     """One of torchrun's two processes is killed in epoch 2; then two go on and, from a copy, one alone."""
     request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
-    torch.set_default_dtype(torch.float64)                                      # all arithmetic, as in the driver
+    torch.set_default_dtype(torch.float64)  # all arithmetic, as in the driver
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     (tmp_path / "driver.py").write_text(DRIVER)
     flags = ["--data-dir", files, "--model", "vit-nano", "--image-size", 32, "--batch-size", 12, "--epochs", 3,
@@ -1313,8 +1313,8 @@ def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli
     ok(cli(*flags, "parts", "--resume", "--accumulate", 2, data="imagenet"))
     resumed = torchrun("--resume", "--accumulate", 3)
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("2 process(es)") == resumed.stdout.count("test accuracy") == 1      # said once
-    assert not (tmp_path / "disk1" / "runs").exists()                           # only the first process writes
+    assert resumed.stdout.count("2 process(es)") == resumed.stdout.count("test accuracy") == 1  # said once
+    assert not (tmp_path / "disk1" / "runs").exists()  # only the first process writes
     one = load(tmp_path / "one")
     assert one["model"]["head.weight"].dtype == torch.float64
     for other, processes in ((load(two), [2, 2, 2]), (load(tmp_path / "parts"), [2, 1, 1])):
@@ -1367,7 +1367,7 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     """Before anything is trained, started, timed or printed."""
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    monkeypatch.setattr(train, "environment", Mock(return_value={}))            # it asks git
+    monkeypatch.setattr(train, "environment", Mock(return_value={}))  # it asks git
     for module, name in ((train, "fit"), (subprocess, "run"), (bench, "run_table")):
         monkeypatch.setattr(module, name, None)
     program, *flags = command.split()
@@ -1386,7 +1386,7 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),
     (bench, "make_contestant", "CUDA out of memory", "inference-eager: default failed: CUDA out of memory: lower")])
 def test_lack_of_memory_or_of_a_compiler_is_one_line(monkeypatch, program, where, error, says):
-    monkeypatch.setattr(bench.platform, "libc_ver", lambda: ("", ""))           # leave this process's malloc alone
+    monkeypatch.setattr(bench.platform, "libc_ver", lambda: ("", ""))  # leave this process's malloc alone
     monkeypatch.setattr(program, where, Mock(side_effect=RuntimeError(error)))  # CUDA's is one, too
     one_line(run_cli(program.main, "--device", "cpu", *["--quick"] * (program is bench)), f"error: {says}")
 
@@ -1452,12 +1452,12 @@ def test_the_table_of_finished_runs(tmp_path):
     half = 4.303 * np.std([3, 2.5, 3.5], ddof=1) / 3 ** 0.5
     assert rows[4] == ["mpvg", "3", "74.00 +- 1.32", f"+3.00 +- {half:.2f}", "74.00", "3100", "3,743,076", "76.87"]
     assert rows[5] == ["mpvg-layer0=True", "1", "60.00", "-10.00 (n=1)", "60.00", "3100", "3,743,588", ""]
-    assert rows[-3] == head[:3] + head[4:7]                                     # no empty columns
+    assert rows[-3] == head[:3] + head[4:7]  # no empty columns
     assert rows[-1] == ["pvg", "1", "20.00", "20.00", "3100", "3,742,564"]
     assert max(map(len, result.out.splitlines())) <= 110
     result = ok(report(tmp_path, *folders, tmp_path / "figures", "--base", "mpvg"))
     rows = rows_of(result.out)
-    assert "figures is left out" not in result.err                              # RUNS/* holds the figures, too
+    assert "figures is left out" not in result.err  # RUNS/* holds the figures, too
     assert [row[3] for row in (rows[0], *rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "+1.00, +0.50 (n=2)",
                                                          "", "-13.00 (n=1)"]
     one_line(report(tmp_path, folders[0], "--base", "pgv"), "none of these runs is of --base pgv: choose from default")
@@ -1497,7 +1497,7 @@ def test_contrasts(tmp_path):
         row("mpvg - pvg", mpvg_ - 5, 3.182, "95.00", "inconclusive", "+0.20", "vit-lite", "inside"),  # as Holm stopped
         row("mpvg - default", mpvg_, 5.392, "98.75", "agrees", "+1.97", "vit-lite", "outside"),
         row("pvg - lape-gap", 5 - lape_gap, 3.182, "95.00", "", "+0.93", "deit-tiny", "outside")]
-    for method, seed in product(("default", "lape"), range(3)):        # the paper has no numbers
+    for method, seed in product(("default", "lape"), range(3)):  # the paper has no numbers
         write_run(tmp_path / "numbers" / f"{method}{seed}", [50.0 + seed], data="numbers", method=method, seed=seed)
     assert "Contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
     few = rows_of(report(tmp_path, *tmp_path.glob("default[0-2]"), *tmp_path.glob("lape[0-2]")).out)
@@ -1559,7 +1559,7 @@ def test_eval_measures_again(trained, monkeypatch):
     measured = f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 40 images"
     assert evaluation(folder) == f"mpvg, vit-nano, numbers at 32x32, seed 0, epoch 3: test {measured}\n"
     assert f"mpvg, vit-nano, folded, numbers at 32x32, seed 0, epoch 3: test {measured}" in evaluation(folder, "--fold")
-    best = max(log_of(folder), key=lambda line: line["test_accuracy"])          # the first of equals
+    best = max(log_of(folder), key=lambda line: line["test_accuracy"])  # the first of equals
     assert f"epoch {best['epoch']}: test" in (shown := evaluation(folder / "best.pt"))
     assert f"loss {best['test_loss']:.4f}" in shown
     larger = load_weights(create("vit-nano", "mpvg", image_size=48), folder / "last.pt").eval()
@@ -1568,7 +1568,7 @@ def test_eval_measures_again(trained, monkeypatch):
     assert "at 48x48, seed 0, epoch 3: test accuracy" in (shown := evaluation(folder, "--image-size", 48))
     assert f"loss {F.cross_entropy(larger(x), y).item():.4f}, 40 images" in shown
     assert "folded, numbers at 48x48" in evaluation(folder, "--image-size", 48, "--fold")
-    assert len(folded) == 2                                                     # with --fold
+    assert len(folded) == 2  # with --fold
     one_line(run_cli(train.main, "eval", folder, "--image-size", 33), "--image-size: image_size 33x33 is not divisible")
 
 
@@ -1642,15 +1642,15 @@ def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
     def run(command, env, **_):
         asked.append(command[-3:-1])
         threads.add(env["OMP_NUM_THREADS"])
-        both.wait(20)                                                           # until two are under way
+        both.wait(20)  # until two are under way
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(subprocess, "run", run)
     result = sweep("--methods", "gap, mpvg", "--seeds", 2, "--jobs", 2, "--runs", tmp_path, "--data-dir", "here")
-    assert "4 of 4 runs failed" in result.err and threads == {"4"}              # two runs share the cores
-    assert [*map(str, loaded)] == ["here"]                                      # downloaded once, before
+    assert "4 of 4 runs failed" in result.err and threads == {"4"}  # two runs share the cores
+    assert [*map(str, loaded)] == ["here"]  # downloaded once, before
     order = [[f"--method={method}", f"--seed={seed}"] for seed in (0, 1) for method in ("gap", "mpvg")]
-    assert sorted(asked[:2]) == order[:2] and sorted(asked[2:]) == order[2:]    # whole seeds first
+    assert sorted(asked[:2]) == order[:2] and sorted(asked[2:]) == order[2:]  # whole seeds first
 
 
 def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
@@ -1664,24 +1664,24 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     for name in names:
         assert load(tmp_path / name)["log"][-1]["epoch"] == 1 and f"finished {tmp_path / name}.txt" in result.out
         assert "51 training images, 15 test images" in (tmp_path / f"{name}.txt").read_text()
-        (tmp_path / name / "last.pt").unlink()                                  # a log is enough, with the same flags
+        (tmp_path / name / "last.pt").unlink()  # a log is enough, with the same flags
     path = tmp_path / names[1] / "config.json"
     path.write_text(path.read_text().replace('"flip": 0.5', '"flip": 0.4'))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     result = sweep(*flags)
-    assert result.code == 1 and f"error: 1 of 2 runs failed: {names[1]}" in result.err      # only this one started
+    assert result.code == 1 and f"error: 1 of 2 runs failed: {names[1]}" in result.err  # only this one started
     assert f"failed, see {tmp_path / names[1]}.txt" in result.out and "| gap" in (tmp_path / "sweep.md").read_text()
-    assert "2 of 2 runs failed" in sweep(*flags, "--precision", "bf16").err                 # other flags: both started
+    assert "2 of 2 runs failed" in sweep(*flags, "--precision", "bf16").err  # other flags: both started
 
 
 def test_ctrl_c_ends_a_sweep(tmp_path, monkeypatch):
     def interrupt(*_, **__):
-        time.sleep(0.1)                                                         # the others are cancelled meanwhile
+        time.sleep(0.1)  # the others are cancelled meanwhile
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "run", started := Mock(side_effect=interrupt))
     one_line(sweep("--runs", tmp_path), "stopped: run the same command to continue")
-    assert started.call_count < 3                                               # of 12: no others were begun
+    assert started.call_count < 3  # of 12: no others were begun
 
 
 def test_every_command_has_help():
@@ -1707,7 +1707,7 @@ def test_an_accelerator_computes_what_the_cpu_does(accelerator):
                   for device in ("cpu", "cuda" if accelerator.type == "cuda" else "cpu")]
         for (x, targets), (y, others) in zip(*epochs, strict=True):
             assert_close(others.cpu(), targets)
-            assert (x - y.cpu()).abs().mean() < 0.005                           # a level of 255 is 0.014
+            assert (x - y.cpu()).abs().mean() < 0.005  # a level of 255 is 0.014
 
 
 @pytest.mark.parametrize("precision, rel", [("fp32", 1e-3), ("bf16", 1e-2)])
@@ -1734,7 +1734,7 @@ def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(a
             patch.setattr(train, "save_checkpoint", save_and_stop)
             assert len(losses(f"{mode}-resumed", *flags, code=130)) == 1
         assert losses(f"{mode}-resumed", *flags, "--resume") == approx(whole, rel=rel / 10)
-        assert whole != approx(plain, rel=1e-5)                          # dropout was on
+        assert whole != approx(plain, rel=1e-5)  # dropout was on
 
 
 # ------------------------------------------------------------------------------------------------------------ bench.py
@@ -1774,7 +1774,7 @@ def test_flops_and_bytes_are_those_of_the_closed_formulas(model, pool):
     once = P + batch * 3 * side * side
     values = batch * N * L * D * ((1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 2))
     assert bench.count_work(c, pool, False, batch, 2) == (batch * flops, 2 * (once + values))
-    training = 3 * flops - embed                                                # images need no gradient
+    training = 3 * flops - embed  # images need no gradient
     assert bench.count_work(c, pool, True, batch, 2) == (batch * training, 3 * (4 * once + 2 * values) + 7 * 4 * P)
 
 
@@ -1796,7 +1796,7 @@ def test_peers_are_models_of_the_same_size(name, qkv_bias):
     logits = randomise(peer)(x)
     assert_same(peer.train()(x), logits)  # without dropout
     assert getattr(logits, "logits", logits).shape == (2, 100)
-    if "timm" in name:                                                          # the very same model
+    if "timm" in name:  # the very same model
         load_weights(ours.double().eval(), peer.state_dict())
         assert_same(ours(x), logits)
 
@@ -1821,7 +1821,7 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
                     torchvision=[0.2, 0.1, 0.8], timm=[0.3, 0.4, 0.5], timm_gap=[0.1, 0.1, 0.1])
     rows = {row["name"]: row for row in table["rows"]}
     assert list(rows) == ["default", "gap", "mpvg", "torchvision", "timm", "timm gap"]
-    assert rows["mpvg"]["speed_to_plain"] == approx([1.0, 0.5, 2.5])     # beside gap
+    assert rows["mpvg"]["speed_to_plain"] == approx([1.0, 0.5, 2.5])  # beside gap
     assert rows["default"]["speed_to_plain"] == [1, 1, 1] and rows["timm"]["speed_to_plain"][0] == approx(0.5)
     assert rows["default"]["best_peer"] == "torchvision" and rows["mpvg"]["best_peer"] == "timm gap"
     assert rows["default"]["speed_to_best_peer"] == approx([2.0, 0.5, 2.0])
@@ -1833,7 +1833,7 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
     flops, moved = bench.count_work(sizes("vit-nano"), "gap", False, 2, 4)
     operations, copied = 2 * 2048 ** 3, 2 * 4 * 2 ** 26
     assert rows["gap"]["share_of_peak"] == approx(flops / operations * 0.04 / 0.5)
-    assert rows["gap"]["share_of_roofline"] == approx(moved / copied * 4.0 / 0.5)    # this copy bounds more
+    assert rows["gap"]["share_of_roofline"] == approx(moved / copied * 4.0 / 0.5)  # this copy bounds more
     assert table["matmul_flops"] == approx(operations / 0.02) and table["copy_bytes"] == copied / 2.0
     text = bench.as_text("inference-eager", table)
     assert re.search(r"mpvg +1\.000 0\.500-2\.500 +0\.500 0\.333-0\.500 ", text)
@@ -1843,7 +1843,7 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
     assert bench.verdict({"inference-eager": table, "training-eager": summary(gap=[0.9] * 3, mpvg=[1.0] * 3)}) == (
         "mpvg's speed relative to gap's, median (95 % interval): 1.000 (0.500 to 2.500) in inference-eager, "
         "0.900 (0.900 to 0.900) in training-eager.")
-    alone = summary(lape=[0.1] * 3, mpvg=[0.2] * 3, training=True)              # a class token is another model
+    alone = summary(lape=[0.1] * 3, mpvg=[0.2] * 3, training=True)  # a class token is another model
     assert "not measured" in bench.verdict({"training-eager": alone})
     for row in alone["rows"]:
         assert row["speed_to_plain"] is row["speed_to_best_peer"] is row["plain"] is row["best_peer"] is None
@@ -1854,7 +1854,7 @@ def test_the_interval_of_a_median():
     """Two of the sorted ratios; for 20 the 6th and the 15th, between which a median lies with 95.9 % probability."""
     random = seeded(0)
     for n, first, covers in ((20, 5, 0.959), (10, 1, 0.979), (6, 0, 0.969), (3, 0, 0.75)):
-        seconds = torch.rand(2000, n, generator=random).double() + 0.5          # their median is 1
+        seconds = torch.rand(2000, n, generator=random).double() + 0.5  # their median is 1
         found = [bench.speed(timed("a", "", [1.0] * n), timed("b", "", row)) for row in seconds.tolist()]
         assert found[0] == [seconds[0].quantile(0.5).item(), *seconds[0].sort().values[[first, n - 1 - first]].tolist()]
         assert sum(low <= 1 <= high for _, low, high in found) / 2000 == approx(covers, abs=0.02)
@@ -1862,7 +1862,7 @@ def test_the_interval_of_a_median():
 
 def test_memory_is_what_is_held_and_what_a_call_allocates(quick):
     def call():
-        first = torch.ones(2 ** 18)                                             # 1 MiB
+        first = torch.ones(2 ** 18)  # 1 MiB
         second = torch.ones(2 ** 19)
         del first, second
         torch.ones(2 ** 17)
@@ -1891,7 +1891,7 @@ def test_inference_has_weights_of_the_dtype_and_training_has_autocast_and_an_opt
     one = bench.make_contestant("gap", table, list(zip(*batches)), setup)
     assert {call[1:] for call in seen} == {(expected, training, training and dtype == torch.bfloat16)}
     places = [call[0] for call in seen]
-    assert len(set(places[:3])) == 3 and places[3:] == places[:-3]              # batches in turn
+    assert len(set(places[:3])) == 3 and places[3:] == places[:-3]  # batches in turn
     assert model.head.weight.dtype == expected and model.head.weight.grad is None
     assert torch.equal(model.head.weight, start.to(expected)) != training
     assert one.facts["compile_seconds"] is None
@@ -1902,7 +1902,7 @@ def test_a_peer_with_a_broken_graph_is_left_out_and_no_timing_contains_compilati
         torch._dynamo.graph_break()
         return forward(model, x)
 
-    scale = [1]                                                                 # torch.compile takes it for a constant
+    scale = [1]  # torch.compile takes it for a constant
     limit = bench.Contestant("limit", lambda: scale.__setitem__(0, 2), work=1)  # called after the models' warm-up
     monkeypatch.setattr(bench, "make_limits", lambda *_: (limit, limit))
     monkeypatch.setattr(torchvision.models.VisionTransformer, "forward", broken)
@@ -1917,7 +1917,7 @@ def test_a_peer_with_a_broken_graph_is_left_out_and_no_timing_contains_compilati
         one_line(small_run(*flags, "none"), "inference-compiled: default failed: torch.compile is switched off")
     limit.call = lambda: None
     monkeypatch.setattr(bench.Contestant, "warm_up", lambda *args: scale.__setitem__(0, 3) or warm_up(*args))
-    ok(small_run(*flags, "none"))                                               # compiled again, but before the timings
+    ok(small_run(*flags, "none"))  # compiled again, but before the timings
 
 
 def test_bench_flags_have_their_effect(monkeypatch):
@@ -1953,14 +1953,14 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
 
     def time_(one, device):
         turns.append(one.name)
-        again = one.name in ("copy", "matmul") and turns.count(one.name) > 1    # large, so they take seconds
+        again = one.name in ("copy", "matmul") and turns.count(one.name) > 1  # large, so they take seconds
         return 0.1 if again else timing(one, device)
 
     monkeypatch.setattr(bench.Contestant, "time", time_)
-    monkeypatch.setitem(sys.modules, "timm", None)                              # as if it were not installed
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     monkeypatch.setattr("torchvision.models.VisionTransformer", Mock(side_effect=RuntimeError("no such model\netc.")))
     names = ["default", "gap", "mpvg", "mpvg-folded"]
-    assert bench.build("mpvg-folded", SMALL)[0].last_pe is None                 # it is folded
+    assert bench.build("mpvg-folded", SMALL)[0].last_pe is None  # it is folded
     done = ok(small_run("--peers", "timm,torchvision", "--tables", "training-eager,inference-compiled",
                         "--methods", ",".join(names), "--json", tmp_path / "new" / "x.json",
                         "--mode", "max-autotune-no-cudagraphs"))
@@ -1974,7 +1974,7 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
     assert max(map(len, done.out.splitlines())) <= 100 and "USDT" not in capfd.readouterr().err  # torch's profiler
     assert list(saved["tables"]) == ["training-eager", "inference-compiled"]
     for name, table in saved["tables"].items():
-        training = name == "training-eager"                                     # folded models do not train
+        training = name == "training-eager"  # folded models do not train
         assert [row["name"] for row in table["rows"]] == (names[:3] if training else names)
         assert table["notes"] == ["torchvision failed: no such model (left out)"]
         assert len(table["matmul_seconds"]) == len(table["copy_seconds"]) == 6
@@ -1987,7 +1987,7 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
         gap = table["rows"][1]
         assert (4 * gap["flops_per_image"], gap["bytes_per_step"]) == bench.count_work(
             sizes("vit-nano"), "gap", training, batch=4, itemsize=4)
-    rounds = np.array(turns[-6 * 7:]).reshape(6, 7).tolist()                    # of the last table
+    rounds = np.array(turns[-6 * 7:]).reshape(6, 7).tolist()  # of the last table
     for copy, matmul, unrecorded, *order in rounds:
         assert [copy, matmul, unrecorded, *sorted(order)] == ["copy", "matmul", order[-1], *names]
     assert len({*map(tuple, rounds)}) > 1
@@ -2082,13 +2082,13 @@ def test_detection_trains_the_position_embedding():
     vit, x = names["vit"], torch.randn(1, 3, 64, 64)
     assert len(names["losses"]) == 5 and all(p.grad.norm() > 0 for p in (vit.pos_embed, vit.blocks[1].pe_norm.weight))
     assert names["detector"].eval()([torch.rand(3, 40, 70)])[0]["masks"].shape[2:] == (40, 70)
-    last = vit.eval().forward_features(x) - fold(vit).forward_features(x)       # each place has its own row
+    last = vit.eval().forward_features(x) - fold(vit).forward_features(x)  # each place has its own row
     assert_close(last, vit.pe_norm(vit.pos_embed), rtol=0, atol=1e-4)
 
 
 def test_segmentation_learns_the_ink():
     exec(code(GUIDE, "pixel_shuffle").replace("range(200)", "range(60)"), names := {})
-    assert names["iou"] > 0.45 > 2 * names["ink"].float().mean()                # everything ink: 0.15
+    assert names["iou"] > 0.45 > 2 * names["ink"].float().mean()  # everything ink: 0.15
 
 
 def test_swin_is_torchvisions_with_a_pe_in_each_stage():
@@ -2124,7 +2124,7 @@ def test_the_commands_of_the_texts_are_accepted(files, tmp_path, monkeypatch):
     for module, name in ((train, "train_run"), (train, "load_checkpoint"), (train, "read_run"), (bench, "run_table"),
                          (train.subprocess, "run")):
         monkeypatch.setattr(module, name, begin)
-    monkeypatch.setattr(bench, "environment", lambda device: {})                # it asks git
+    monkeypatch.setattr(bench, "environment", lambda device: {})  # it asks git
     given = [commands(text) for text in (README, GUIDE, train.__doc__, bench.__doc__)]
     for program, *arguments in chain(*given):
         begin.reset_mock()
@@ -2135,7 +2135,7 @@ def test_the_commands_of_the_texts_are_accepted(files, tmp_path, monkeypatch):
 
 
 def test_links_lead_to_files_and_headings_and_code_blocks_begin_a_line():
-    texts = {path: re.sub("```.*?```", "", path.read_text(), flags=re.S)        # in code, # begins a comment
+    texts = {path: re.sub("```.*?```", "", path.read_text(), flags=re.S)  # in code, # begins a comment
              for path in (ROOT / "README.md", *ROOT.glob("results/*.md"))}
     for document, text in texts.items():
         assert "```" not in text and not re.search("[^\\s>].*```", document.read_text()), document
@@ -2170,7 +2170,7 @@ def test_names_and_numbers_of_the_texts():
     shown = {row[0]: row[1:] for row in rows_of(README.partition("## Speed")[2])[2:]}
     measured = {name: [f"{row['speed_to_plain'][0]:.3f}" for table in tables.values() for row in table["rows"]
                        if row["name"] == name] for name in shown}
-    measured["mpvg-folded"] += ["", ""]                                         # it does not train
+    measured["mpvg-folded"] += ["", ""]  # it does not train
     assert len(shown) > 6 and shown == measured
     last = [log_of(ROOT / f"results/numbers/mpvg-vit-nano-numbers-seed{seed}")[-1] for seed in range(3)]
     reached = "{:.2f}, {:.2f} and {:.2f}".format(*(line["test_accuracy"] for line in last))
@@ -2186,7 +2186,7 @@ def test_the_tables_of_runs_are_what_report_prints(tmp_path):
         return report(tmp_path, *folders, draw=name == "cifar100").out
 
     text, results = printed("cifar100"), (ROOT / "results/cifar100.md").read_text()
-    assert "\n".join(text.splitlines()[:-1]).strip() in results                 # the last line is about figures
+    assert "\n".join(text.splitlines()[:-1]).strip() in results  # the last line is about figures
     for document, title, source in (
             (README, "## Evidence", text), (GUIDE, "## Exercises", printed("numbers")),
             (results, "### Transfer", printed("cifar100-transfer"))):
