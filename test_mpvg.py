@@ -210,7 +210,7 @@ def test_sincos_is_a_fixed_2d_table():
         assert_close(model.pos_embed[0, 1 + i], torch.tensor(row), rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------- parameters, presets, a library's ViT
+# ------------------------------------------------------------------------ parameters, presets, other libraries' ViTs
 
 def test_presets_are_the_recipes():
     """What the parameter counts below do not fix."""
@@ -264,22 +264,41 @@ def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch):
     assert differ == [("vit-lite", 3744), ("deit-tiny", 5721)]  # both are lape's
 
 
-def test_equals_torchvision():
-    theirs = randomise(torchvision.models.VisionTransformer(
-        image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=7), std=0.2)
-    names = {"class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed.proj",
-             "encoder.layers.encoder_layer_": "blocks.", "ln_1": "norm1", "ln_2": "norm2", "encoder.ln": "norm",
-             "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
-             "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "heads.head": "head"}
-    state = {}
-    for key, value in theirs.state_dict().items():
-        for theirs_name, mine in names.items():
-            key = key.replace(theirs_name, mine)
-        state[key] = value
-    model = create("vit-nano", "default", image_size=32, patch_size=8, dim=32, depth=3, heads=4, num_classes=7).double()
-    model.load_state_dict(state, strict=True)
+def sizes(model, **overrides):
+    return ViT.__init__.__kwdefaults__ | MODELS[model] | overrides
+
+
+TORCHVISIONS = {  # what its ViT calls our parameters
+    "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj": "patch_embed.proj",
+    "encoder.layers.encoder_layer_": "blocks.", "ln_1": "norm1", "ln_2": "norm2", "encoder.ln": "norm",
+    "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj",
+    "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "heads.head": "head"}
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("name", bench.PEERS)
+def test_other_libraries_vits_have_our_size_and_with_our_weights_our_logits(name, qkv_bias):
+    pytest.importorskip(name.split()[0].replace("-", "_"))
+    c = sizes("vit-nano", depth=2, qkv_bias=qkv_bias)
+    peer, pool = bench.build(name, c)
+    ours = ViT(**{**c, **METHODS[bench.PLAIN[pool]]})
+    assert pool == ("gap" if " gap" in name else "cls")
+    theirs, own = parameter_count(peer), parameter_count(ours)
+    if "vit-pytorch" in name:  # never a bias in qkv; two norms more, around the patch embedding
+        own += 2 * 3 * 8 * 8 + 2 * 128 - 2 * 3 * 128 * qkv_bias
+    if name == "torchvision":  # always a bias in qkv
+        own += 2 * 3 * 128 * (not qkv_bias)
+    assert theirs == own
     x = images(2, (32, 32))
-    assert_same(model.eval()(x), theirs(x))
+    logits = randomise(peer)(x)
+    assert_same(peer.train()(x), logits)  # without dropout
+    assert getattr(logits, "logits", logits).shape == (2, 100)
+    if "timm" in name or (name == "torchvision" and qkv_bias):  # the very same model
+        state = peer.state_dict()
+        for their_name, our_name in TORCHVISIONS.items():
+            state = {key.replace(their_name, our_name): value for key, value in state.items()}
+        load_weights(ours.double().eval(), state)
+        assert_same(ours(x), logits)
 
 
 # ------------------------------------------------------------------------------------- three facts, and permutations
@@ -1742,10 +1761,6 @@ def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(a
 SMALL = dict(image_size=32, patch_size=16, num_classes=10, dim=16, depth=1, heads=2, mlp_ratio=2.0)
 
 
-def sizes(model, **overrides):
-    return ViT.__init__.__kwdefaults__ | MODELS[model] | overrides
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """A small model, and torch.compile with Dynamo but without Inductor; the list holds the options of each call."""
@@ -1776,29 +1791,6 @@ def test_flops_and_bytes_are_those_of_the_closed_formulas(model, pool):
     assert bench.count_work(c, pool, False, batch, 2) == (batch * flops, 2 * (once + values))
     training = 3 * flops - embed  # images need no gradient
     assert bench.count_work(c, pool, True, batch, 2) == (batch * training, 3 * (4 * once + 2 * values) + 7 * 4 * P)
-
-
-@pytest.mark.parametrize("qkv_bias", [True, False])
-@pytest.mark.parametrize("name", bench.PEERS)
-def test_peers_are_models_of_the_same_size(name, qkv_bias):
-    pytest.importorskip(name.split()[0].replace("-", "_"))
-    c = sizes("vit-nano", depth=2, qkv_bias=qkv_bias)
-    peer, pool = bench.build(name, c)
-    ours = ViT(**{**c, **METHODS[bench.PLAIN[pool]]})
-    assert pool == ("gap" if " gap" in name else "cls")
-    theirs, own = parameter_count(peer), parameter_count(ours)
-    if "vit-pytorch" in name:  # never a bias in qkv; two norms more, around the patch embedding
-        own += 2 * 3 * 8 * 8 + 2 * 128 - 2 * 3 * 128 * qkv_bias
-    if name == "torchvision":  # always a bias in qkv
-        own += 2 * 3 * 128 * (not qkv_bias)
-    assert theirs == own
-    x = images(2, (32, 32))
-    logits = randomise(peer)(x)
-    assert_same(peer.train()(x), logits)  # without dropout
-    assert getattr(logits, "logits", logits).shape == (2, 100)
-    if "timm" in name:  # the very same model
-        load_weights(ours.double().eval(), peer.state_dict())
-        assert_same(ours(x), logits)
 
 
 def timed(name, pool, seconds, work=0):
