@@ -943,6 +943,22 @@ def cli(tmp_path):
     return run
 
 
+def sweep(*flags):
+    return run_cli(train.main, "sweep", "--data", "numbers", "--device", "cpu", *flags)
+
+
+def evaluation(*flags):
+    return run_cli(train.main, "eval", "--device", "cpu", *flags)
+
+
+def report(tmp_path, *folders_and_flags, draw=False):
+    """`train.py report`; without draw as if matplotlib were not installed, which is faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not draw:
+            patch.setitem(sys.modules, "matplotlib.figure", None)
+        return run_cli(train.main, "report", *folders_and_flags, "--device", "cpu", "--out", tmp_path / "figures")
+
+
 def load(folder, name="last.pt"):
     return torch.load(folder / name, weights_only=True)
 
@@ -1176,11 +1192,11 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     folder = tmp_path / "mpvg-vit-nano-imagenet-seed0"
     last = log_of(folder)[-1]
     assert last["unreadable"] >= 2 and load(folder)["config"]["num_classes"] == 3
-    evaluation = partial(run_cli, train.main, "eval", folder, "--device", "cpu", "--data-dir", files)
-    assert f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 15 images" in evaluation().out
+    again = ok(evaluation(folder, "--data-dir", files)).out
+    assert f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 15 images" in again
     for other in (["--image-size", 40], ["--crop-ratio", 1]):
-        assert f"loss {last['test_loss']:.4f}" not in ok(evaluation(*other)).out
-    ok(run_cli(train.main, "report", folder, "--data-dir", files, "--out", tmp_path / "figures"))
+        assert f"loss {last['test_loss']:.4f}" not in ok(evaluation(folder, "--data-dir", files, *other)).out
+    ok(report(tmp_path, folder, "--data-dir", files))
     assert read_json(folder / "mechanism.json")["cosine"] <= 1
     tuned = ok(cli(*flags, "--init", folder, "--image-size", 48, "--name", "tuned", "--lr", 0, data="imagenet"))
     assert "with its head" in tuned.out and load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
@@ -1188,8 +1204,8 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     (other / "val" / "a" / "03.JPEG").write_bytes(b"")
     assert "was not measured again (test image" in ok(report(tmp_path, folder, "--data-dir", other)).err
     shutil.rmtree(other / "val" / "c")
-    one_line(evaluation("--data-dir", other), "val has 2 classes, the model 3: set --data-dir to the folder it was")
-    one_line(evaluation("--data-dir", tmp_path / "nowhere"), "val does not exist: set --data-dir to the folder that")
+    one_line(evaluation(folder, "--data-dir", other), "val has 2 classes, the model 3: set --data-dir to the folder")
+    one_line(evaluation(folder, "--data-dir", tmp_path / "nowhere"), "val does not exist: set --data-dir to the folder")
 
 
 # -------------------------------------------------------------------------- train.py: runs that survive, processes
@@ -1276,10 +1292,10 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
 
 
 def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, tmp_path):
-    folder, evaluation = tmp_path / MPVG, partial(run_cli, train.main, "eval", "--device", "cpu")
-    path = Path(shutil.copytree(trained[0], folder)) / "last.pt"
-    saved, says = load(folder), f"error: {path} cannot be used as a checkpoint of this train.py ("
+    folder = Path(shutil.copytree(trained[0], tmp_path / MPVG))
+    path, saved = folder / "last.pt", load(folder)
     config = saved["config"]
+    says = f"error: {path} cannot be used as a checkpoint of this train.py ("
     for contents in (saved["model"], saved | dict(config={key: config[key] for key in config if key != "flip"}),
                      saved | dict(config=config | dict(method="lape")), saved | dict(log=[]),
                      saved | dict(optimizer=saved["optimizer"] | dict(state={}))):
@@ -1441,14 +1457,6 @@ def write_run(folder, accuracies, finished=True, **changes):
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
-def report(tmp_path, *folders_and_flags, draw=False):
-    """`train.py report`; without draw as if matplotlib were not installed, which is faster."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not draw:
-            patch.setitem(sys.modules, "matplotlib.figure", None)
-        return run_cli(train.main, "report", *folders_and_flags, "--device", "cpu", "--out", tmp_path / "figures")
-
-
 def test_the_table_of_finished_runs(tmp_path):
     for seed, (first, second) in enumerate([(70.0, 73.0), (71.0, 73.5), (72.0, 75.5)]):
         write_run(tmp_path / f"a{seed}", [80.0, first], method="default", seed=seed)
@@ -1573,22 +1581,22 @@ def test_eval_measures_again(trained, monkeypatch):
     folder, last, folded = trained[0], log_of(trained[0])[-1], []
     monkeypatch.setattr(train, "fold", lambda model: folded.append(1) or fold(model))
 
-    def evaluation(*flags):
-        return ok(run_cli(train.main, "eval", *flags, "--device", "cpu")).out
     measured = f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 40 images"
-    assert evaluation(folder) == f"mpvg, vit-nano, numbers at 32x32, seed 0, epoch 3: test {measured}\n"
-    assert f"mpvg, vit-nano, folded, numbers at 32x32, seed 0, epoch 3: test {measured}" in evaluation(folder, "--fold")
+    where = f"numbers at 32x32, seed 0, epoch 3: test {measured}\n"
+    assert evaluation(folder).out == f"mpvg, vit-nano, {where}"
+    assert evaluation(folder, "--fold").out == f"mpvg, vit-nano, folded, {where}"
     best = max(log_of(folder), key=lambda line: line["test_accuracy"])  # the first of equals
-    assert f"epoch {best['epoch']}: test" in (shown := evaluation(folder / "best.pt"))
-    assert f"loss {best['test_loss']:.4f}" in shown
+    shown = evaluation(folder / "best.pt").out
+    assert f"epoch {best['epoch']}: test" in shown and f"loss {best['test_loss']:.4f}" in shown
     larger = load_weights(create("vit-nano", "mpvg", image_size=48), folder / "last.pt").eval()
     x, y = make_numbers(40, 2)
     x = F.interpolate(train.normalise(x, "numbers"), size=(48, 48), mode="bicubic", antialias=True)
-    assert "at 48x48, seed 0, epoch 3: test accuracy" in (shown := evaluation(folder, "--image-size", 48))
-    assert f"loss {F.cross_entropy(larger(x), y).item():.4f}, 40 images" in shown
-    assert "folded, numbers at 48x48" in evaluation(folder, "--image-size", 48, "--fold")
+    loss = F.cross_entropy(larger(x), y).item()
+    shown = evaluation(folder, "--image-size", 48).out
+    assert "numbers at 48x48, seed 0, epoch 3: test accuracy" in shown and f"loss {loss:.4f}, 40 images" in shown
+    assert "folded, numbers at 48x48" in evaluation(folder, "--image-size", 48, "--fold").out
     assert len(folded) == 2  # with --fold
-    one_line(run_cli(train.main, "eval", folder, "--image-size", 33), "--image-size: image_size 33x33 is not divisible")
+    one_line(evaluation(folder, "--image-size", 33), "--image-size: image_size 33x33 is not divisible")
 
 
 def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
@@ -1645,10 +1653,6 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
     assert {key: names for key, names in drawn.items() if key[1][:6] in ("curves", "layers")} == {
         **{(folders[title], "curves"): variants for title in settings},
         (folders[nano], "curves"): ["mpvg"], (folders[nano], f"layers-{MPVG}"): []}
-
-
-def sweep(*flags):
-    return run_cli(train.main, "sweep", "--data", "numbers", "--device", "cpu", *flags)
 
 
 def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
