@@ -584,6 +584,12 @@ def photos(count=60):
     return x
 
 
+def normalised(x, data):
+    dataset = train.DATASETS[data]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
+    return (x / 255 - mean) / std
+
+
 def pil(x):
     return Image.fromarray(x.permute(1, 2, 0).numpy())
 
@@ -727,8 +733,7 @@ def test_prepare_mixes_then_erases():
     draws = train.draw_augmentation(12, 32, off)
     prepare = partial(train.prepare, labels=y, dataset_name="cifar100", classes=20)
     plain, labels = prepare(x.clone(), draws=draws, keep=None, recipe=off, seed=0)
-    mean, std = (torch.tensor(getattr(train.DATASETS["cifar100"], name)).view(3, 1, 1) for name in ("mean", "std"))
-    assert_close(plain, (x / 255 - mean) / std)
+    assert_close(plain, normalised(x, "cifar100"))
     assert torch.equal(labels, y)
 
     keep = torch.full((2, 32, 32), 0.3125)  # exact in binary
@@ -737,7 +742,7 @@ def test_prepare_mixes_then_erases():
     mixed, shares = prepare(x.clone(), draws=draws, keep=keep, recipe=off, seed=0)
     for step, i in product(range(2), range(6)):
         own, (a, b) = keep[step], (x[step, j].float() for j in (i, i ^ 1))  # the partner: the neighbour
-        assert_close(mixed[step, i], ((own * a + (1 - own) * b).round() / 255 - mean) / std)
+        assert_close(mixed[step, i], normalised((own * a + (1 - own) * b).round(), "cifar100"))
         a, b = F.one_hot(y[step], 20)[[i, i ^ 1]]
         assert_close(shares[step, i], own.mean() * a + (1 - own.mean()) * b)  # as the box turned out
 
@@ -1011,7 +1016,6 @@ def plain_loop(recipe, method, data, seed):
     (x, y), (test_x, test_y) = make_numbers(200, 1), make_numbers(40, 2)
     size, losses, accuracies = recipe["batch_size"], [], []
     steps = len(x) // size
-    mean, std = (torch.tensor(getattr(train.DATASETS[data], name)).view(3, 1, 1) for name in ("mean", "std"))
     for epoch in range(recipe["epochs"]):
         order, total = torch.randperm(len(x), generator=seeded(seed * 100_003 + epoch)), 0
         for i in range(steps):
@@ -1023,14 +1027,14 @@ def plain_loop(recipe, method, data, seed):
                 group["lr"] = (start + (lr - start) * t / warmup if t < warmup else
                                end + (lr - end) * (1 + math.cos(math.pi * min(t / length, 1))) / 2)
             optimizer.zero_grad()
-            logs = model((x[rows] / 255 - mean) / std).log_softmax(1)
+            logs = model(normalised(x[rows], data)).log_softmax(1)
             nll, smooth = -logs[torch.arange(size), y[rows]], recipe["label_smoothing"]
             loss = ((1 - smooth) * nll - smooth * logs.mean(1)).mean()
             loss.backward()
             optimizer.step()
             total += loss.item()
         losses.append(total / steps)
-        hits = (model.eval()((test_x / 255 - mean) / std).argmax(1) == test_y).float()
+        hits = (model.eval()(normalised(test_x, data)).argmax(1) == test_y).float()
         accuracies.append(100 * hits.mean().item())
         model.train()
     return model, losses, accuracies
