@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -53,11 +54,17 @@ for _name in ("numbers", "cifar100"):  # every run in this process uses them
     train.DATASETS[_name] = replace(train.DATASETS[_name], load=small_data)
 
 
+def argv(*arguments):
+    """-> a command line's words: text is split as a shell splits it, a path is not."""
+    return [word for argument in arguments
+            for word in ([str(argument)] if isinstance(argument, Path) else shlex.split(argument))]
+
+
 def run_cli(main, *arguments):
     """Runs a program's main() here -> its exit code and what it writes, .code, .out, .err."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["program", *argv(*arguments)])
         try:
             main()
         except SystemExit as end:
@@ -942,18 +949,12 @@ def test_fraction_is_balanced_and_chosen_by_seed(monkeypatch):
 
 @pytest.fixture
 def cli(tmp_path):
-    """Runs train.py's command on small data; runs go to tmp_path."""
-    def run(*flags, data="numbers"):
-        return run_cli(train.main, "--data", data, "--device", "cpu", "--runs", tmp_path, *flags)
-    return run
+    """Runs `train.py` on small data; runs go to tmp_path."""
+    return partial(run_cli, train.main, "--data numbers --device cpu --runs", tmp_path)
 
 
-def sweep(*flags):
-    return run_cli(train.main, "sweep", "--data", "numbers", "--device", "cpu", *flags)
-
-
-def evaluation(*flags):
-    return run_cli(train.main, "eval", "--device", "cpu", *flags)
+sweep = partial(run_cli, train.main, "sweep --data numbers --device cpu")
+evaluation = partial(run_cli, train.main, "eval --device cpu")
 
 
 def report(tmp_path, *folders_and_flags, draw=False):
@@ -961,7 +962,7 @@ def report(tmp_path, *folders_and_flags, draw=False):
     with pytest.MonkeyPatch.context() as patch:
         if not draw:
             patch.setitem(sys.modules, "matplotlib.figure", None)
-        return run_cli(train.main, "report", *folders_and_flags, "--device", "cpu", "--out", tmp_path / "figures")
+        return run_cli(train.main, "report --device cpu --out", tmp_path / "figures", *folders_and_flags)
 
 
 def load(folder, name="last.pt"):
@@ -986,8 +987,8 @@ MPVG = "mpvg-vit-nano-numbers-seed0"
 def trained(tmp_path_factory):
     """The folder of a finished run of three epochs on 200 numbers, and what it printed."""
     runs = tmp_path_factory.mktemp("trained")
-    result = ok(run_cli(train.main, "--device", "cpu", "--runs", runs, "--epochs", 3, "--lr", 0.01, "--batch-size", 20,
-                        "--pe", "layerwise", "--pool", "gap", "--mpvg"))
+    flags = "--device cpu --epochs 3 --lr 0.01 --batch-size 20 --pe layerwise --pool gap --mpvg --runs"
+    result = ok(run_cli(train.main, flags, runs))
     return runs / MPVG, result.out
 
 
@@ -1003,6 +1004,11 @@ def test_a_run_leaves_its_record(trained):
         assert words in out
     assert sorted(path.name for path in folder.iterdir() if path.name != "mechanism.json") == [
         ".lock", "best.pt", "config.json", "last.pt", "log.jsonl"]
+
+
+def assignments(values):
+    """-> text for --recipe."""
+    return ",".join(f"{name}={value}" for name, value in values.items())
 
 
 def plain_loop(recipe, method, data, seed):
@@ -1043,11 +1049,11 @@ def plain_loop(recipe, method, data, seed):
 @pytest.mark.parametrize("data, method, lr_per, seed", [  # cifar100 also decays the PE
     ("numbers", "mpvg-free", "step", 0), ("numbers", "default", "epoch", 1), ("cifar100", "mpvg", "epoch", 5)])
 def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
-    changes = dict(weight_decay=2, label_smoothing=0.3, warmup_epochs=0.6, cooldown_epochs=1, crop_scale=1, flip=0,
-                   ra_ops=0, mixup=0, cutmix=0, erase=0, lr_per=lr_per, min_lr=1e-3, warmup_lr=2e-3)
-    recipe = asdict(train.DATASETS[data].recipe) | changes | dict(epochs=3, batch_size=48, lr=0.004)
-    ok(cli("--model", "vit-nano", "--method", method, "--seed", seed, "--epochs", 3, "--batch-size", 48, "--lr", 0.004,
-           "--recipe", ",".join(f"{name}={value}" for name, value in changes.items()), data=data))
+    changes = dict(epochs=3, batch_size=48, lr=0.004, lr_per=lr_per, min_lr=1e-3, warmup_lr=2e-3, warmup_epochs=0.6,
+                   cooldown_epochs=1, weight_decay=2, label_smoothing=0.3, crop_scale=1, flip=0, ra_ops=0, mixup=0,
+                   cutmix=0, erase=0)
+    recipe = asdict(train.DATASETS[data].recipe) | changes
+    ok(cli(f"--data {data} --model vit-nano --method {method} --seed {seed} --recipe {assignments(changes)}"))
     folder = tmp_path / f"{method}-vit-nano-{data}-seed{seed}"
     model, losses, accuracies = plain_loop(recipe, method, data, seed)
     assert [line["loss"] for line in log_of(folder)] == approx(losses, rel=1e-5)
@@ -1058,7 +1064,7 @@ def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
 def configure(*flags):
     """-> a run's configuration, without the run."""
     command = train.typer.main.get_command(train.app)
-    return train.configure(command.make_context("train.py", [*map(str, flags)]).params)
+    return train.configure(command.make_context("train.py", argv(*flags)).params)
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -1076,7 +1082,7 @@ def configure(*flags):
     ("--data imagenet --batch-size 512 --epochs 20", dict(lr=5e-4, warmup_epochs=2, cooldown_epochs=0, lr_per="step"))])
 def test_flags_give_a_configuration_and_a_name(files, flags, expected):
     """A short run warms up by the step; ImageNet's learning rate follows the batch."""
-    config = configure("--device", "cpu", "--data-dir", files, *flags.split())
+    config = configure("--device cpu --data-dir", files, flags)
     assert expected.items() <= config.items()
     label = "-".join([config["method"], *(f"{name}={value}" for name, value in expected.get("overrides", {}).items())])
     folder = train.run_folder(dict(name=None, runs=Path("r")), config)
@@ -1092,9 +1098,9 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
 
     def trained_with(**change):
         """-> the configuration of a small model's run, and some of its weights."""
-        recipe = ",".join(f"{name}={value}" for name, value in (dict(epochs=3, batch_size=50) | change).items())
-        ok(cli("--model", "vit-nano", "--method", "mpvg:depth=2:dim=32:heads=2", "--name", "run", "--overwrite",
-               "--recipe", recipe, data="cifar100"))
+        recipe = assignments(dict(epochs=3, batch_size=50) | change)
+        ok(cli("--data cifar100 --model vit-nano --method mpvg:depth=2:dim=32:heads=2 --name run --overwrite",
+               f"--recipe {recipe}"))
         saved = load(tmp_path / "run")
         return saved["config"], saved["model"]["blocks.1.mlp.fc1.weight"]
 
@@ -1130,7 +1136,8 @@ def test_defaults_follow_the_device(monkeypatch):
 def test_accumulate_splits_the_batch(cli, monkeypatch):
     sizes, forward = [], ViT.forward
     monkeypatch.setattr(ViT, "forward", lambda model, x: sizes.append(len(x)) or forward(model, x))
-    assert cli("--epochs", 1, "--batch-size", 100, "--accumulate", 4).code == 0 and sizes == [25] * 8 + [40]
+    ok(cli("--epochs 1 --batch-size 100 --accumulate 4"))
+    assert sizes == [25] * 8 + [40]
 
 
 def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
@@ -1138,9 +1145,9 @@ def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
     real, asked = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda model, **how: asked.append(how) or real(
         model, backend="aot_eager", **how))
-    for name, flags in dict(plain=[], compiled=["--compile", "on"], half=["--precision", "bf16"]).items():
-        result = ok(cli("--epochs", 2, "--method", "mpvg:drop_path=0.2:depth=2:dim=32:heads=2", "--batch-size", 50,
-                        "--name", name, *flags))
+    for name, flags in dict(plain="", compiled="--compile on", half="--precision bf16").items():
+        result = ok(cli("--epochs 2 --batch-size 50 --method mpvg:drop_path=0.2:depth=2:dim=32:heads=2",
+                        f"--name {name}", flags))
         assert ("compiled in" in result.out) == (name == "compiled")
     assert asked == [dict(fullgraph=True, dynamic=False)]
     plain, compiled, half = (load(tmp_path / name) for name in ("plain", "compiled", "half"))
@@ -1151,17 +1158,17 @@ def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
 
 def test_init_and_freeze(cli, trained, tmp_path):
     first, weights = trained[0], load(trained[0])["model"]
-    result = ok(cli("--epochs", 2, "--lr", 0, "--init", first, "--name", "same"))
+    result = ok(cli("--epochs 2 --lr 0 --name same --init", first))
     assert f"starts from {first}, with its head" in result.out
     assert_identical(load(tmp_path / "same")["model"], weights)
     assert len(load(tmp_path / "same", "best.pt")["log"]) == 1  # of equally good epochs the first
-    ok(cli("--epochs", 1, "--init", first / "last.pt", "--freeze", "--name", "probe"))
+    ok(cli("--epochs 1 --freeze --name probe --init", first / "last.pt"))
     for name, value in load(tmp_path / "probe")["model"].items():
         assert torch.equal(value, weights[name]) == (not name.startswith("head")), name
     ten = weights | {"head.weight": weights["head.weight"][:10], "head.bias": weights["head.bias"][:10]}
     torch.save(ten, tmp_path / "ten.pt")  # other classes: a new head
     for init, data in ((tmp_path / "ten.pt", "numbers"), (first, "cifar100")):  # the second: as many, but others
-        result = ok(cli("--model", "vit-nano", "--epochs", 1, "--lr", 0, "--init", init, "--name", data, data=data))
+        result = ok(cli(f"--data {data} --model vit-nano --epochs 1 --lr 0 --name {data} --init", init))
         assert "with a new head" in result.out
         moved = load(tmp_path / data)["model"]
         assert moved["head.weight"].shape == (100, 128) and torch.equal(moved["pos_embed"], weights["pos_embed"])
@@ -1171,38 +1178,39 @@ def test_init_and_freeze(cli, trained, tmp_path):
 def test_init_from_a_plain_vits_weights(cli, tmp_path):
     """As load_weights' from_plain does it; what is dropped and what is new is named."""
     for method in ("default", "pvg"):
-        ok(cli("--method", method, "--epochs", 1, "--name", method))
+        ok(cli(f"--method {method} --epochs 1 --name {method}"))
     torch.save({"state_dict": load(tmp_path / "default")["model"]}, tmp_path / "file.pt")
     new = ", ".join(f"{name}.{part}" for name in ("blocks.1.pe_norm", "blocks.2.pe_norm", "blocks.3.pe_norm", "pe_norm")
                     for part in ("weight", "bias"))
-    for name, method, says, *flags in (
-            ("default/last.pt", "mpvg", f"without its class token, with new norms at 0 ({new}), "),
-            ("pvg/last.pt", "mpvg", "with new norms at 0 (pe_norm.weight, pe_norm.bias), "),
-            ("file.pt", "gap", "without its class token, ", "--freeze")):
-        start, flags = tmp_path / name, ["--epochs", 1, "--lr", 0, "--name", "tuned", "--overwrite", *flags]
-        assert f"starts from {start}, {says}with its head\n" in ok(cli("--method", method, "--init", start, *flags)).out
+    for name, flags, says in (
+            ("default/last.pt", "--method mpvg", f"without its class token, with new norms at 0 ({new}), "),
+            ("pvg/last.pt", "--method mpvg", "with new norms at 0 (pe_norm.weight, pe_norm.bias), "),
+            ("file.pt", "--method gap --freeze", "without its class token, ")):
+        start, method = tmp_path / name, flags.split()[1]
+        result = ok(cli("--epochs 1 --lr 0 --name tuned --overwrite", flags, "--init", start))
+        assert f"starts from {start}, {says}with its head\n" in result.out
         expected = load_weights(create("vit-nano", method), start, from_plain=True).state_dict()
         assert_identical(load(tmp_path / "tuned")["model"], dict(expected))
-    one_line(cli("--init", tmp_path / "default", "--freeze", "--name", "probe"), "leave out --freeze")
+    one_line(cli("--freeze --name probe --init", tmp_path / "default"), "leave out --freeze")
 
 
 def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     """Through workers; evaluated again at its size, at another and of the whole short side."""
-    flags = ["--data-dir", files, "--model", "vit-nano", "--image-size", 32, "--batch-size", 24, "--epochs", 2]
+    flags = "--data imagenet --model vit-nano --image-size 32 --batch-size 24 --epochs 2 --data-dir", files
     real, asked = train.DataLoader, set()
     monkeypatch.setattr(train, "DataLoader", lambda *a, **how: asked.add(how["num_workers"]) or real(*a, **how))
-    result = ok(cli(*flags, "--workers", 2, "--fraction", 0.95, data="imagenet"))
+    result = ok(cli(*flags, "--workers 2 --fraction 0.95"))
     assert asked == {2} and "48 training images, 15 test images" in result.out
     folder = tmp_path / "mpvg-vit-nano-imagenet-seed0"
     last = log_of(folder)[-1]
     assert last["unreadable"] >= 2 and load(folder)["config"]["num_classes"] == 3
     again = ok(evaluation(folder, "--data-dir", files)).out
     assert f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 15 images" in again
-    for other in (["--image-size", 40], ["--crop-ratio", 1]):
-        assert f"loss {last['test_loss']:.4f}" not in ok(evaluation(folder, "--data-dir", files, *other)).out
+    for other in ("--image-size 40", "--crop-ratio 1"):
+        assert f"loss {last['test_loss']:.4f}" not in ok(evaluation(folder, other, "--data-dir", files)).out
     ok(report(tmp_path, folder, "--data-dir", files))
     assert read_json(folder / "mechanism.json")["cosine"] <= 1
-    tuned = ok(cli(*flags, "--init", folder, "--image-size", 48, "--name", "tuned", "--lr", 0, data="imagenet"))
+    tuned = ok(cli(*flags, "--image-size 48 --name tuned --lr 0 --init", folder))
     assert "with its head" in tuned.out and load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
     other = shutil.copytree(files, tmp_path / "other")
     (other / "val" / "a" / "03.JPEG").write_bytes(b"")
@@ -1218,19 +1226,19 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
                     reason="kills forked processes; with an accelerator, autograd does not work in a fork")
 @pytest.mark.parametrize("data", ["cifar100", "imagenet"])
 def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp_path, data):
-    flags = ["--model", "vit-nano", "--epochs", 5, "--batch-size", 8, "--method", "mpvg:drop_path=0.2:attn_drop=0.1"]
-    flags += ["--data-dir", files, "--image-size", 32, "--workers", 1] if data == "imagenet" else []
-    ok(cli(*flags, "--name", "whole", data=data))
+    flags = [f"--data {data} --model vit-nano --epochs 5 --batch-size 8 --method mpvg:drop_path=0.2:attn_drop=0.1"]
+    flags += ["--image-size 32 --workers 1 --data-dir", files] if data == "imagenet" else []
+    ok(cli(*flags, "--name whole"))
     seconds, random, ends = log_of(tmp_path / "whole")[-1]["seconds"], Random(0), []
     deadline = time.monotonic() + 600
-    flags = ["--data", data, "--device", "cpu", "--runs", tmp_path, *flags, "--name", "killed", "--resume"]
+    flags += ["--name killed --resume"]
     log = tmp_path / "killed" / "log.jsonl"
 
     def epochs():
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     while 0 not in ends:
-        process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run_cli(train.main, *flags).code))
+        process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(cli(*flags).code))
         process.start()  # a fork has the small data
         os.setpgid(process.pid, process.pid)  # to kill its workers with it
         until, limit = epochs() + random.choice((0, 1)), time.monotonic() + 60
@@ -1239,7 +1247,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
         time.sleep(seconds / 5 * random.random())  # within the next epoch, more or less
         if process.is_alive():
             if len(ends) == 1:  # nobody else may train there
-                one_line(cli(*flags, data=data), "another process is training in")
+                one_line(cli(*flags), "another process is training in")
             os.killpg(process.pid, (signal.SIGKILL, signal.SIGINT)[len(ends) % 2])
         process.join(60)
         if process.is_alive():  # a fork can hang
@@ -1256,43 +1264,43 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
 
 
 def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
-    flags, folder = ["--epochs", 1, "--batch-size", 50], tmp_path / MPVG
-    ok(cli(*flags, "--resume"))  # nothing was saved yet
+    flags, folder = "--epochs 1 --batch-size 50", tmp_path / MPVG
+    ok(cli(flags, "--resume"))  # nothing was saved yet
     before, log = (folder / "last.pt").read_bytes(), log_of(folder)
     (folder / "log.jsonl").write_text("")  # as a kill may leave it: older
-    again = ok(cli(*flags, "--resume"))
+    again = ok(cli(flags, "--resume"))
     assert "resumes after epoch 1" in again.out and log_of(folder) == log
-    one_line(cli(*flags, "--lr", 0.5, "--seed", 1, "--name", MPVG, "--resume"),
+    one_line(cli(flags, f"--lr 0.5 --seed 1 --name {MPVG} --resume"),
              "was trained with other flags: seed was 0, is 1; lr was 0.002, is 0.5. Use the old ones, or another")
-    one_line(cli(*flags), "exists: --resume continues it, --overwrite replaces it, --name chooses another")
-    one_line(cli(*flags, "--resume", "--overwrite"), "choose one")
+    one_line(cli(flags), "exists: --resume continues it, --overwrite replaces it, --name chooses another")
+    one_line(cli(flags, "--resume --overwrite"), "choose one")
     assert (folder / "last.pt").read_bytes() == before
     (folder / "last.pt").unlink()
-    one_line(cli(*flags, "--resume"), "has a log but no last.pt to resume from")
+    one_line(cli(flags, "--resume"), "has a log but no last.pt to resume from")
 
 
 def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkeypatch):
-    flags, folder = ["--epochs", 1, "--batch-size", 20], tmp_path / MPVG
-    ok(cli(*flags))
+    flags, folder = "--epochs 1 --batch-size 20", tmp_path / MPVG
+    ok(cli(flags))
     (folder / "mechanism.json").write_text("{}")  # of these weights
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    one_line(cli(*flags, "--overwrite", "--recipe", "weight_decay=1000000", "--lr", "1000000"),
+    one_line(cli(flags, "--overwrite --recipe weight_decay=1000000 --lr 1000000"),
              "error: the test loss is not finite, the run has diverged: try a lower --lr")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
-        one_line(cli(*flags, "--overwrite"), "best.pt cannot be written (No space left on device); earlier files")
+        one_line(cli(flags, "--overwrite"), "best.pt cannot be written (No space left on device); earlier files")
         patch.setattr(train, "save_checkpoint", Mock(side_effect=KeyboardInterrupt))
         old = "; if not, repeat --overwrite: --resume would continue the older run"
-        for more, advice in ((["--overwrite"], old), (["--name", "new"], "")):
-            result = cli(*flags, *more)
+        for more, advice in (("--overwrite", old), ("--name new", "")):
+            result = cli(flags, more)
             assert result.code == 130 and result.out.endswith(
                 f"\nstopped: --resume continues after the last finished epoch, if there is one{advice}\n")
         result = ok(report(tmp_path, folder))  # tables need no new file
         assert "mechanism.json cannot be written (No space" in result.err and "last epoch %" in result.out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))  # some network disks
-    assert cli("--epochs", 2, "--batch-size", 50, "--overwrite").code == 0 and len(log_of(folder)) == 2
-    assert not (folder / "mechanism.json").exists()
+    ok(cli("--epochs 2 --batch-size 50 --overwrite"))
+    assert len(log_of(folder)) == 2 and not (folder / "mechanism.json").exists()
 
 
 def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, tmp_path):
@@ -1336,21 +1344,21 @@ def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli
     torch.set_default_dtype(torch.float64)  # all arithmetic, as in the driver
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     (tmp_path / "driver.py").write_text(DRIVER)
-    flags = ["--data-dir", files, "--model", "vit-nano", "--image-size", 32, "--batch-size", 12, "--epochs", 3,
-             "--lr", 0.004, "--recipe", "erase=0", "--name"]
+    flags = ("--data imagenet --model vit-nano --image-size 32 --batch-size 12 --epochs 3 --lr 0.004 --recipe erase=0",
+             "--device cpu --data-dir", files, "--name")
 
-    def torchrun(*more):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "driver.py",
-                   "--data", "imagenet", "--device", "cpu", *flags, "two", *more]
-        return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path,
+    def torchrun(more=""):
+        command = argv(Path(sys.executable), "-m torch.distributed.run --standalone --nproc_per_node 2 driver.py",
+                        *flags, "two", more)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
                               env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
 
-    ok(cli(*flags, "one", data="imagenet"))
+    ok(cli(*flags, "one"))
     two = tmp_path / "disk0" / "runs" / "two"
     assert torchrun().returncode != 0 and len(log_of(two)) == 1
     shutil.copytree(two, tmp_path / "parts")
-    ok(cli(*flags, "parts", "--resume", "--accumulate", 2, data="imagenet"))
-    resumed = torchrun("--resume", "--accumulate", 3)
+    ok(cli(*flags, "parts --resume --accumulate 2"))
+    resumed = torchrun("--resume --accumulate 3")
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("2 process(es)") == resumed.stdout.count("test accuracy") == 1  # said once
     assert not (tmp_path / "disk1" / "runs").exists()  # only the first process writes
@@ -1409,9 +1417,9 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     monkeypatch.setattr(train, "environment", Mock(return_value={}))  # it asks git
     for module, name in ((train, "fit"), (subprocess, "run"), (bench, "run_table")):
         monkeypatch.setattr(module, name, None)
-    program, *flags = command.split()
+    program, _, flags = command.partition(" ")
     main = dict(train=[train.main], sweep=[train.main, "sweep"], bench=[bench.main])[program]
-    result = run_cli(*main, "--device", "cpu", *flags)
+    result = run_cli(*main, "--device cpu", flags)
     one_line(result, says)
     assert result.out == ""
 
@@ -1427,7 +1435,7 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
 def test_lack_of_memory_or_of_a_compiler_is_one_line(monkeypatch, program, where, error, says):
     monkeypatch.setattr(bench.platform, "libc_ver", lambda: ("", ""))  # leave this process's malloc alone
     monkeypatch.setattr(program, where, Mock(side_effect=RuntimeError(error)))  # CUDA's is one, too
-    one_line(run_cli(program.main, "--device", "cpu", *["--quick"] * (program is bench)), f"error: {says}")
+    one_line(run_cli(program.main, "--device cpu", "--quick" * (program is bench)), f"error: {says}")
 
 
 @pytest.mark.parametrize("damage, says", [
@@ -1438,7 +1446,7 @@ def test_lack_of_memory_or_of_a_compiler_is_one_line(monkeypatch, program, where
     (lambda root: (root / "val").rename(root / "test"), "does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG")])
 def test_a_folder_that_is_no_imagenet_is_refused(files, cli, tmp_path, damage, says):
     damage(root := shutil.copytree(files, tmp_path / "copy"))
-    one_line(cli("--data-dir", root, data="imagenet"), says)
+    one_line(cli("--data imagenet --data-dir", root), says)
 
 
 # ----------------------------------------------------------------------------- train.py: sweep, report, accelerators
@@ -1486,12 +1494,12 @@ def test_the_table_of_finished_runs(tmp_path):
     assert rows[-3] == head[:3] + head[4:7]  # no empty columns
     assert rows[-1] == ["pvg", "1", "20.00", "20.00", "3100", "3,742,564"]
     assert max(map(len, result.out.splitlines())) <= 110
-    result = ok(report(tmp_path, *folders, tmp_path / "figures", "--base", "mpvg"))
+    result = ok(report(tmp_path, *folders, tmp_path / "figures", "--base mpvg"))
     rows = rows_of(result.out)
     assert "figures is left out" not in result.err  # RUNS/* holds the figures, too
     assert [row[3] for row in (rows[0], *rows[2:6])] == ["minus mpvg", f"-3.00 +- {half:.2f}", "+1.00, +0.50 (n=2)",
                                                          "", "-13.00 (n=1)"]
-    one_line(report(tmp_path, folders[0], "--base", "pgv"), "none of these runs is of --base pgv: choose from default")
+    one_line(report(tmp_path, folders[0], "--base pgv"), "none of these runs is of --base pgv: choose from default")
     one_line(report(tmp_path, tmp_path / "a0", tmp_path / "a0"), "have the same method, setting and seed: leave one")
     assert report(tmp_path, tmp_path / "other").code == 1
 
@@ -1596,11 +1604,11 @@ def test_eval_measures_again(trained, monkeypatch):
     x, y = make_numbers(40, 2)
     x = F.interpolate(train.normalise(x, "numbers"), size=(48, 48), mode="bicubic", antialias=True)
     loss = F.cross_entropy(larger(x), y).item()
-    shown = evaluation(folder, "--image-size", 48).out
+    shown = evaluation(folder, "--image-size 48").out
     assert "numbers at 48x48, seed 0, epoch 3: test accuracy" in shown and f"loss {loss:.4f}, 40 images" in shown
-    assert "folded, numbers at 48x48" in evaluation(folder, "--image-size", 48, "--fold").out
+    assert "folded, numbers at 48x48" in evaluation(folder, "--image-size 48 --fold").out
     assert len(folded) == 2  # with --fold
-    one_line(evaluation(folder, "--image-size", 33), "--image-size: image_size 33x33 is not divisible")
+    one_line(evaluation(folder, "--image-size 33"), "--image-size: image_size 33x33 is not divisible")
 
 
 def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
@@ -1619,7 +1627,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     fresh = create("vit-nano", "mpvg")
     before = fresh.last_norm_pe(fresh.delivered_pe()).mean(1)[0].tolist()
     assert found["offset_before"] == approx(before, abs=1e-6)
-    report(tmp_path, folder, "--images", 10)
+    report(tmp_path, folder, "--images 10")
     assert read_json(folder / "mechanism.json")["images"] == 10
     (folder / "last.pt").unlink()
     again = report(tmp_path, folder)
@@ -1673,7 +1681,7 @@ def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(subprocess, "run", run)
-    result = sweep("--methods", "gap, mpvg", "--seeds", 2, "--jobs", 2, "--runs", tmp_path, "--data-dir", "here")
+    result = sweep("--methods 'gap, mpvg' --seeds 2 --jobs 2 --data-dir here --runs", tmp_path)
     assert "4 of 4 runs failed" in result.err and threads == {"4"}  # two runs share the cores
     assert [*map(str, loaded)] == ["here"]  # downloaded once, before
     order = [[f"--method={method}", f"--seed={seed}"] for seed in (0, 1) for method in ("gap", "mpvg")]
@@ -1682,8 +1690,8 @@ def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
 
 def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     """Processes of their own, two at once; again, it skips finished runs; a run that fails is named."""
-    flags = ["--methods", "gap,mpvg:layer0=true", "--seeds", "1", "--jobs", "2", "--epochs", "1", "--batch-size", "12",
-             "--data", "imagenet", "--data-dir", files, "--image-size", "32", "--model", "vit-nano", "--runs", tmp_path]
+    flags = ("--methods gap,mpvg:layer0=true --seeds 1 --jobs 2 --epochs 1 --batch-size 12 --data imagenet",
+             "--image-size 32 --model vit-nano --data-dir", files, "--runs", tmp_path)
     result = ok(sweep(*flags))
     table = (tmp_path / "sweep.md").read_text()
     names = ["gap-vit-nano-imagenet-seed0", "mpvg-layer0=True-vit-nano-imagenet-seed0"]
@@ -1698,7 +1706,7 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     result = sweep(*flags)
     assert result.code == 1 and f"error: 1 of 2 runs failed: {names[1]}" in result.err  # only this one started
     assert f"failed, see {tmp_path / names[1]}.txt" in result.out and "| gap" in (tmp_path / "sweep.md").read_text()
-    assert "2 of 2 runs failed" in sweep(*flags, "--precision", "bf16").err  # other flags: both started
+    assert "2 of 2 runs failed" in sweep(*flags, "--precision bf16").err  # other flags: both started
 
 
 def test_ctrl_c_ends_a_sweep(tmp_path, monkeypatch):
@@ -1712,8 +1720,8 @@ def test_ctrl_c_ends_a_sweep(tmp_path, monkeypatch):
 
 
 def test_every_command_has_help():
-    for command in ([], ["sweep"], ["eval"], ["report"]):
-        assert "Options" in ok(run_cli(train.main, *command, "--help")).out
+    for command in ("", "sweep", "eval", "report"):
+        assert "Options" in ok(run_cli(train.main, command, "--help")).out
 
 
 @pytest.fixture
@@ -1741,9 +1749,9 @@ def test_an_accelerator_computes_what_the_cpu_does(accelerator):
 def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(accelerator, tmp_path, monkeypatch,
                                                                                precision, rel):
     def losses(name, *flags, code=0):
-        result = run_cli(train.main, "--data", "cifar100", "--model", "vit-nano", "--epochs", 3, "--batch-size", 40,
-                         "--lr", 0.01, "--precision", precision, "--device", accelerator, "--runs", tmp_path,
-                         "--name", name, *flags)
+        result = run_cli(
+            train.main, "--data cifar100 --model vit-nano --epochs 3 --batch-size 40 --lr 0.01",
+            f"--precision {precision} --device {accelerator} --name {name} --runs", tmp_path, *flags)
         assert result.code == code, result.err
         return [line["loss"] for line in log_of(tmp_path / name)]
 
@@ -1754,13 +1762,13 @@ def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(a
     modes = ("off", "on", "graphs") if accelerator.type == "cuda" else ("off",)
     plain = losses("plain")
     for mode in modes:
-        assert losses(mode, "--compile", mode) == approx(plain, rel=rel)
-        flags = "--compile", mode, "--method", "mpvg:attn_drop=0.5:drop_path=0.5"
-        whole = losses(f"{mode}-whole", *flags)
+        assert losses(mode, f"--compile {mode}") == approx(plain, rel=rel)
+        flags = f"--compile {mode} --method mpvg:attn_drop=0.5:drop_path=0.5"
+        whole = losses(f"{mode}-whole", flags)
         with monkeypatch.context() as patch:
             patch.setattr(train, "save_checkpoint", save_and_stop)
-            assert len(losses(f"{mode}-resumed", *flags, code=130)) == 1
-        assert losses(f"{mode}-resumed", *flags, "--resume") == approx(whole, rel=rel / 10)
+            assert len(losses(f"{mode}-resumed", flags, code=130)) == 1
+        assert losses(f"{mode}-resumed", flags, "--resume") == approx(whole, rel=rel / 10)
         assert whole != approx(plain, rel=1e-5)  # dropout was on
 
 
@@ -1779,9 +1787,7 @@ def quick(monkeypatch):
     return calls
 
 
-def small_run(*flags):
-    return run_cli(bench.main, "--quick", "--device", "cpu", "--peers", "none", "--tables", "inference-eager",
-                   "--rounds", 6, "--batch", 4, *flags)
+small_run = partial(run_cli, bench.main, "--quick --device cpu --peers none --rounds 6 --batch 4")
 
 
 @pytest.mark.parametrize("model", ["vit-nano", "vit-lite"])
@@ -1906,18 +1912,18 @@ def test_a_peer_with_a_broken_graph_is_left_out_and_no_timing_contains_compilati
     limit = bench.Contestant("limit", lambda: scale.__setitem__(0, 2), work=1)  # called after the models' warm-up
     monkeypatch.setattr(bench, "make_limits", lambda *_: (limit, limit))
     monkeypatch.setattr(torchvision.models.VisionTransformer, "forward", broken)
-    flags = "--tables", "inference-compiled", "--methods", "default", "--peers"
-    done = ok(small_run(*flags, "torchvision"))
+    flags = "--tables inference-compiled --methods default"
+    done = ok(small_run(flags, "--peers torchvision"))
     assert re.search(r"torchvision failed: .*graph_break.* \(left out\)", done.out)
     assert [options["fullgraph"] for options in quick] == [True, True]
     scale[0], forward, warm_up = 1, ViT.forward, bench.Contestant.warm_up
     monkeypatch.setattr(ViT, "forward", lambda model, x: forward(model, x) * scale[0])
-    one_line(small_run(*flags, "none"), "error: Detected recompile")
+    one_line(small_run(flags), "error: Detected recompile")
     with torch.compiler.set_stance("force_eager"):
-        one_line(small_run(*flags, "none"), "inference-compiled: default failed: torch.compile is switched off")
+        one_line(small_run(flags), "inference-compiled: default failed: torch.compile is switched off")
     limit.call = lambda: None
     monkeypatch.setattr(bench.Contestant, "warm_up", lambda *args: scale.__setitem__(0, 3) or warm_up(*args))
-    ok(small_run(*flags, "none"))  # compiled again, but before the timings
+    ok(small_run(flags))  # compiled again, but before the timings
 
 
 def test_bench_flags_have_their_effect(monkeypatch):
@@ -1927,10 +1933,10 @@ def test_bench_flags_have_their_effect(monkeypatch):
     empty = dict(rows=[], notes=[], attention=None, matmul_flops=1.0, copy_bytes=1.0)
     monkeypatch.setattr(bench, "run_table", run_table := Mock(return_value=empty))
 
-    def settings(*flags):
+    def settings(flags=""):
         """-> the tables and contestants that the command would time, and how."""
         run_table.reset_mock()
-        ok(run_cli(bench.main, "--device", "cpu", *flags))
+        ok(run_cli(bench.main, "--device cpu", flags))
         tables, (names, *_), (setup, *_) = zip(*(call.args for call in run_table.call_args_list))
         return SimpleNamespace(tables=[*tables], names=names, **vars(setup))
 
@@ -1939,9 +1945,8 @@ def test_bench_flags_have_their_effect(monkeypatch):
     assert (default.batch, default.sizes) == (16, sizes("deit-tiny", attn_drop=0.0, drop_path=0.0))
     assert (default.tables, default.rounds, quick.tables) == ([*bench.TABLES], 20, [*bench.TABLES[:3]])
     assert (quick.names, quick.batch, quick.sizes["depth"]) == (["default", "gap", "mpvg", "torchvision"], 128, 4)
-    other = settings("--quick", "--model", "vit-lite", "--methods", "mpvg", "--peers", "timm, torchvision",
-                     "--tables", "training-eager, inference-eager", "--batch", 3, "--dtype", "bf16",
-                     "--mode", "max-autotune-no-cudagraphs", "--rounds", 7)
+    other = settings("--quick --model vit-lite --methods mpvg --peers 'timm, torchvision' --batch 3 --dtype bf16 "
+                     "--tables 'training-eager, inference-eager' --mode max-autotune-no-cudagraphs --rounds 7")
     assert other.tables == ["training-eager", "inference-eager"] and other.names == ["mpvg", "timm gap"]
     assert other.sizes == sizes("vit-lite", attn_drop=0.0, drop_path=0.0)
     assert (other.batch, other.dtype, other.mode, other.rounds) == (3, torch.bfloat16, "max-autotune-no-cudagraphs", 7)
@@ -1961,9 +1966,9 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
     monkeypatch.setattr("torchvision.models.VisionTransformer", Mock(side_effect=RuntimeError("no such model\netc.")))
     names = ["default", "gap", "mpvg", "mpvg-folded"]
     assert bench.build("mpvg-folded", SMALL)[0].last_pe is None  # it is folded
-    done = ok(small_run("--peers", "timm,torchvision", "--tables", "training-eager,inference-compiled",
-                        "--methods", ",".join(names), "--json", tmp_path / "new" / "x.json",
-                        "--mode", "max-autotune-no-cudagraphs"))
+    done = ok(small_run("--peers timm,torchvision --tables training-eager,inference-compiled",
+                        f"--methods {','.join(names)} --mode max-autotune-no-cudagraphs",
+                        "--json", tmp_path / "new" / "x.json"))
     assert {options["mode"] for options in quick} == {"max-autotune-no-cudagraphs"}
     saved = read_json(tmp_path / "new" / "x.json")
     header, *tables, verdict = done.out.rstrip("\n").split("\n\n")
@@ -2152,8 +2157,8 @@ def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(count // 10, seed))
     exec(code(GUIDE, 'Path("digits"'), {})
     assert Image.open(next(Path("digits/train").rglob("*.JPEG"))).size == (64, 48)
-    flags, = (arguments[3:] for arguments in commands(GUIDE) if "digits" in arguments)
-    ok(cli(*flags, "--epochs", 1, data="imagenet"))
+    flags, = (flags for _, *flags in commands(GUIDE) if "digits" in flags)
+    ok(cli(*flags, "--epochs 1"))
 
 
 def test_names_and_numbers_of_the_texts():
@@ -2162,7 +2167,7 @@ def test_names_and_numbers_of_the_texts():
     assert f"version = {{{mpvg.__version__}}}" in README
     methods = {row[0].strip("`"): row for row in rows_of(README) if len(row) == 6 and row[0].strip("`") in METHODS}
     for name, row in methods.items():
-        config = configure("--device", "cpu", *row[1].strip("`").split())
+        config = configure("--device cpu", row[1].strip("`"))
         assert (config["method"], config["overrides"]) == (name, {})
         assert row[5] == f"{train.PAPER['deit-tiny, imagenet, 300 epochs'][name]:.2f}"
     assert len(methods) == 7
