@@ -1014,27 +1014,26 @@ def assignments(values):
 def plain_loop(recipe, method, data, seed):
     """What `train.py` must do without augmentation, written out on its own. -> model, losses, accuracies."""
     torch.manual_seed(seed)
-    model = create("vit-nano", method)
-    tables = set() if recipe["decay_pe"] else {"pos_embed", "last_pos_embed", "cls_token"}
+    model, losses, accuracies = create("vit-nano", method), [], []
+    tables = set() if recipe.decay_pe else {"pos_embed", "last_pos_embed", "cls_token"}
     optimizer = torch.optim.AdamW([
-        dict(params=[p], weight_decay=recipe["weight_decay"] * (p.ndim >= 2 and name not in tables))
+        dict(params=[p], weight_decay=recipe.weight_decay * (p.ndim >= 2 and name not in tables))
         for name, p in model.named_parameters()])
     (x, y), (test_x, test_y) = make_numbers(200, 1), make_numbers(40, 2)
-    size, losses, accuracies = recipe["batch_size"], [], []
-    steps = len(x) // size
-    for epoch in range(recipe["epochs"]):
+    steps, cosine_epochs = len(x) // recipe.batch_size, recipe.epochs - recipe.cooldown_epochs
+    for epoch in range(recipe.epochs):
         order, total = torch.randperm(len(x), generator=seeded(seed * 100_003 + epoch)), 0
-        for i in range(steps):
-            rows = order[i * size:(i + 1) * size]
-            t = epoch + (i / steps if recipe["lr_per"] == "step" else 0)
-            warmup, length = recipe["warmup_epochs"], recipe["epochs"] - recipe["cooldown_epochs"]
-            lr, start, end = (recipe[name] for name in ("lr", "warmup_lr", "min_lr"))
+        for step, rows in enumerate(order[:steps * recipe.batch_size].split(recipe.batch_size)):
+            t = epoch + (step / steps if recipe.lr_per == "step" else 0)
+            cosine = (1 + math.cos(math.pi * min(t / cosine_epochs, 1))) / 2
+            lr = recipe.min_lr + (recipe.lr - recipe.min_lr) * cosine
+            if t < recipe.warmup_epochs:
+                lr = recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * t / recipe.warmup_epochs
             for group in optimizer.param_groups:
-                group["lr"] = (start + (lr - start) * t / warmup if t < warmup else
-                               end + (lr - end) * (1 + math.cos(math.pi * min(t / length, 1))) / 2)
+                group["lr"] = lr
             optimizer.zero_grad()
             logs = model(normalised(x[rows], data)).log_softmax(1)
-            nll, smooth = -logs[torch.arange(size), y[rows]], recipe["label_smoothing"]
+            nll, smooth = -logs[torch.arange(len(rows)), y[rows]], recipe.label_smoothing
             loss = ((1 - smooth) * nll - smooth * logs.mean(1)).mean()
             loss.backward()
             optimizer.step()
@@ -1052,10 +1051,9 @@ def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
     changes = dict(epochs=3, batch_size=48, lr=0.004, lr_per=lr_per, min_lr=1e-3, warmup_lr=2e-3, warmup_epochs=0.6,
                    cooldown_epochs=1, weight_decay=2, label_smoothing=0.3, crop_scale=1, flip=0, ra_ops=0, mixup=0,
                    cutmix=0, erase=0)
-    recipe = asdict(train.DATASETS[data].recipe) | changes
     ok(cli(f"--data {data} --model vit-nano --method {method} --seed {seed} --recipe {assignments(changes)}"))
-    folder = tmp_path / f"{method}-vit-nano-{data}-seed{seed}"
-    model, losses, accuracies = plain_loop(recipe, method, data, seed)
+    folder, recipe = tmp_path / f"{method}-vit-nano-{data}-seed{seed}", train.DATASETS[data].recipe
+    model, losses, accuracies = plain_loop(replace(recipe, **changes), method, data, seed)
     assert [line["loss"] for line in log_of(folder)] == approx(losses, rel=1e-5)
     assert [line["test_accuracy"] for line in log_of(folder)] == approx(accuracies, abs=0.01)
     assert_close(load(folder)["model"], dict(model.state_dict()), rtol=1e-3, atol=2e-4)
