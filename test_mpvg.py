@@ -1065,26 +1065,32 @@ def configure(*flags):
     return train.configure(command.make_context("train.py", argv(*flags)).params)
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", dict(data="numbers", model="vit-nano", method="mpvg", overrides={})),
-    ("--pe none", dict(method="gap", overrides={"pe": "none"})),
-    ("--pe none --pool cls", dict(method="default", overrides={"pe": "none"})),
-    ("--method mpvg:last_pe=2", dict(method="mpvg", overrides={"last_pe": 2})),
-    ("--method mpvg:last_pe=None", dict(method="mpvg", overrides={"last_pe": None})),
-    ("--method mpvg:layer0=true:hierarchical=false", dict(method="mpvg", overrides={"layer0": True,
-                                                                                    "hierarchical": False})),
-    ("--method gap:pe_std=1.0", dict(method="gap", overrides={"pe_std": 1})),
-    ("--data cifar100", dict(warmup_epochs=10, cooldown_epochs=10, lr_per="epoch")),
-    ("--data cifar100 --epochs 15", dict(warmup_epochs=1.5, cooldown_epochs=1, lr_per="step")),
-    ("--data cifar100 --epochs 1", dict(warmup_epochs=0.1, cooldown_epochs=0, lr_per="step")),
-    ("--data imagenet --batch-size 512 --epochs 20", dict(lr=5e-4, warmup_epochs=2, cooldown_epochs=0, lr_per="step"))])
-def test_flags_give_a_configuration_and_a_name(files, flags, expected):
-    """A short run warms up by the step; ImageNet's learning rate follows the batch."""
+@pytest.mark.parametrize("flags, name, overrides", [
+    ("", "mpvg-vit-nano-numbers-seed0", {}),
+    ("--pe none --seed 7", "gap-pe=none-vit-nano-numbers-seed7", {"pe": "none"}),
+    ("--pe none --pool cls", "default-pe=none-vit-nano-numbers-seed0", {"pe": "none"}),
+    ("--method mpvg:last_pe=2", "mpvg-last_pe=2-vit-nano-numbers-seed0", {"last_pe": 2}),
+    ("--method mpvg:last_pe=None", "mpvg-last_pe=None-vit-nano-numbers-seed0", {"last_pe": None}),
+    ("--method mpvg:layer0=true:hierarchical=false", "mpvg-layer0=True-hierarchical=False-vit-nano-numbers-seed0",
+     {"layer0": True, "hierarchical": False}),
+    ("--method gap:pe_std=1.0 --data cifar100", "gap-pe_std=1-vit-lite-cifar100-seed0", {"pe_std": 1}),
+    ("--data imagenet --model deit-small", "mpvg-deit-small-imagenet-seed0", {})])
+def test_flags_give_a_method_and_a_name(files, flags, name, overrides):
     config = configure("--device cpu --data-dir", files, flags)
-    assert expected.items() <= config.items()
-    label = "-".join([config["method"], *(f"{name}={value}" for name, value in expected.get("overrides", {}).items())])
-    folder = train.run_folder(dict(name=None, runs=Path("r")), config)
-    assert folder == Path("r", f"{label}-{config['model']}-{config['data']}-seed0")
+    assert config["overrides"] == overrides
+    assert train.run_folder(dict(name=None, runs=Path("r")), config) == Path("r", name)
+
+
+@pytest.mark.parametrize("flags, warmup_epochs, cooldown_epochs, lr_per, lr", [
+    ("--data cifar100", 10, 10, "epoch", 6e-4),
+    ("--data cifar100 --epochs 15", 1.5, 1, "step", 6e-4),
+    ("--data cifar100 --epochs 1", 0.1, 0, "step", 6e-4),
+    ("--data imagenet --epochs 20 --batch-size 512", 2, 0, "step", 5e-4)])
+def test_a_short_run_warms_up_by_the_step_and_imagenets_lr_follows_the_batch(
+        files, flags, warmup_epochs, cooldown_epochs, lr_per, lr):
+    config = configure("--device cpu --data-dir", files, flags)
+    assert [config[name] for name in ("warmup_epochs", "cooldown_epochs", "lr_per", "lr")] == [
+        warmup_epochs, cooldown_epochs, lr_per, lr]
 
 
 def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
