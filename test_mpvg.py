@@ -2001,12 +2001,18 @@ def code(text, words, language="python"):
     return block
 
 
+def execute(source):
+    """-> the names that a program defines, as attributes."""
+    exec(source, names := {})
+    return SimpleNamespace(**names)
+
+
 def test_the_readmes_method_is_the_model():
-    exec(code(README, "def mpvg("), shown := {})
+    shown = execute(code(README, "def mpvg("))
     model = tiny("mpvg")
     p = model.patch_embed(images()).flatten(2).transpose(1, 2)
     norms = [block.pe_norm for block in model.blocks[1:]]
-    logits = shown["mpvg"](p, model.pos_embed, model.blocks, norms, model.norm, model.pe_norm, model.head)
+    logits = shown.mpvg(p, model.pos_embed, model.blocks, norms, model.norm, model.pe_norm, model.head)
     assert torch.equal(logits, model(images()))
 
 
@@ -2048,50 +2054,48 @@ def test_the_readmes_diff_turns_a_plain_vit_into_mpvg():
         assert_same(mine(images()), model(images()))
 
 
-def test_the_python_of_readme_and_guide_runs(trained, tmp_path, monkeypatch):
-    exec(code(README, "from mpvg import create, fold"), shown := {})
-    assert shown["logits"].shape == (2, 1000) and shown["tokens"].shape == (2, 196, 192)
-    assert_close(shown["exported"].module()(shown["images"]), shown["logits"])
+def test_the_python_of_readme_and_guide_runs(trained, tmp_path, monkeypatch, capsys):
+    shown = execute(code(README, "from mpvg import create, fold"))
+    assert shown.logits.shape == (2, 1000) and shown.tokens.shape == (2, 196, 192)
+    assert_close(shown.exported.module()(shown.images), shown.logits)
     lines = re.findall(r"^    ((?:import|from|model =|logits = model).*)", mpvg.__doc__, re.M)
-    exec("\n".join(lines), shown)
-    assert len(lines) == 4 and shown["logits"].shape == (8, 100)
+    assert len(lines) == 4 and execute("\n".join(lines)).logits.shape == (8, 100)
     monkeypatch.chdir(tmp_path)
-    with contextlib.redirect_stdout(out := io.StringIO()):
-        exec(code(GUIDE, '"pretrained.pth"'), shown)
-    assert out.getvalue() == "tensor(0., grad_fn=<MaxBackward1>)\n"
+    execute(code(GUIDE, '"pretrained.pth"'))
+    assert capsys.readouterr().out == "tensor(0., grad_fn=<MaxBackward1>)\n"
     shutil.copytree(trained[0], tmp_path / "runs" / MPVG)
-    exec(code(GUIDE, "torch.load("), shown)
-    assert torch.equal(shown["model"].head.weight, load(trained[0])["model"]["head.weight"])
+    model = execute(code(GUIDE, "torch.load(")).model
+    assert torch.equal(model.head.weight, load(trained[0])["model"]["head.weight"])
 
 
 def test_timm_subclass_equals_mpvg():
     pytest.importorskip("timm", exc_type=ImportError)
-    exec(code(GUIDE, "(VisionTransformer)"), names := {})
-    assert names["logits"].shape == (2, 1000)
-    theirs = randomise(names["MPVG"](img_size=32, embed_dim=192, depth=3, num_heads=3))
-    ours = load_weights(create("deit-tiny", "mpvg", image_size=32, depth=3).double().eval(), theirs.state_dict())
-    x = images(2, (32, 32))
+    shown = execute(code(GUIDE, "(VisionTransformer)"))
+    assert shown.logits.shape == (2, 1000)
+    theirs = randomise(shown.MPVG(img_size=32, embed_dim=192, depth=3, num_heads=3))
+    ours, x = create("deit-tiny", "mpvg", image_size=32, depth=3).double().eval(), images(2, (32, 32))
+    load_weights(ours, theirs.state_dict())
     assert_same(theirs(x), ours(x))
 
 
 def test_detection_trains_the_position_embedding():
-    exec(code(GUIDE, "MaskRCNN"), names := {})
-    vit, x = names["vit"], torch.randn(1, 3, 64, 64)
-    assert len(names["losses"]) == 5 and all(p.grad.norm() > 0 for p in (vit.pos_embed, vit.blocks[1].pe_norm.weight))
-    assert names["detector"].eval()([torch.rand(3, 40, 70)])[0]["masks"].shape[2:] == (40, 70)
+    shown = execute(code(GUIDE, "MaskRCNN"))
+    vit, x = shown.vit, torch.randn(1, 3, 64, 64)
+    assert len(shown.losses) == 5
+    assert vit.pos_embed.grad.norm() > 0 and vit.blocks[1].pe_norm.weight.grad.norm() > 0
+    assert shown.detector.eval()([torch.rand(3, 40, 70)])[0]["masks"].shape[2:] == (40, 70)
     last = vit.eval().forward_features(x) - fold(vit).forward_features(x)  # each place has its own row
     assert_close(last, vit.pe_norm(vit.pos_embed), rtol=0, atol=1e-4)
 
 
 def test_segmentation_learns_the_ink():
-    exec(code(GUIDE, "pixel_shuffle").replace("range(200)", "range(60)"), names := {})
-    assert names["iou"] > 0.45 > 2 * names["ink"].float().mean()  # everything ink: 0.15
+    shown = execute(code(GUIDE, "pixel_shuffle").replace("range(200)", "range(60)"))
+    assert shown.iou > 0.45 > 2 * shown.ink.float().mean()  # everything ink: 0.15
 
 
 def test_swin_is_torchvisions_with_a_pe_in_each_stage():
-    exec(code(GUIDE, "SwinMPVG"), names := {})
-    x = images(2, (64, 64))
-    model, plain = randomise(names["model"]), torchvision.models.swin_t(num_classes=10).double().eval()
+    shown, x = execute(code(GUIDE, "SwinMPVG")), images(2, (64, 64))
+    model, plain = randomise(shown.model), torchvision.models.swin_t(num_classes=10).double().eval()
     plain.load_state_dict(model.state_dict(), strict=False)
     for i, e in enumerate(model.pos_embed):
         plain.features[2 * i].register_forward_hook(lambda _, __, y, e=e: y + e)
@@ -2102,7 +2106,7 @@ def test_swin_is_torchvisions_with_a_pe_in_each_stage():
     assert_same(model(x), plain(x))
     model(x).square().sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-    larger = names["SwinMPVG"](image_size=224, num_classes=10, **names["swin_t"])
+    larger = shown.SwinMPVG(image_size=224, num_classes=10, **shown.swin_t)
     own, small, large = map(parameter_count, (plain, model, larger))
     assert f"{small - own:,} in all for 64-pixel images, {large - own:,} for 224" in GUIDE
 
@@ -2147,7 +2151,7 @@ def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
     """The guide's code, for a tenth of its images, and its command, for one epoch."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(count // 10, seed))
-    exec(code(GUIDE, 'Path("digits"'), {})
+    execute(code(GUIDE, 'Path("digits"'))
     assert Image.open(next(Path("digits/train").rglob("*.JPEG"))).size == (64, 48)
     flags, = (flags for _, *flags in commands(GUIDE) if "digits" in flags)
     ok(cli(*flags, "--epochs 1"))
