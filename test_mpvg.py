@@ -1799,24 +1799,24 @@ def test_flops_and_bytes_are_those_of_the_closed_formulas(model, pool):
     assert bench.count_work(c, pool, True, batch, 2) == (batch * training, 3 * (4 * once + 2 * values) + 7 * 4 * P)
 
 
-def timed(name, pool, seconds, work=0):
+def timed(name, seconds, work=0):
+    """-> a contestant with these timings."""
+    pool = bench.PEERS.get(name) or METHODS.get(name, {}).get("pool")
     one = bench.Contestant(name, None, pool, work)
     one.seconds, one.facts = seconds, dict(memory_bytes=2 ** 20, compile_seconds=None, attention=None)
     return one
 
 
-def summary(training=False, **seconds):
-    limits = timed("copy", "", [1.0, 2.0, 4.0], 2 * 4 * 2 ** 26), timed("matmul", "", [0.01, 0.02, 0.04], 2 * 2048 ** 3)
-    contestants = [timed(name.replace("_", " "), "cls" if name in ("default", "lape", "torchvision", "timm") else "gap",
-                         values) for name, values in seconds.items()]
+def summary(seconds, training=False):
+    limits = timed("copy", [1.0, 2.0, 4.0], 2 * 4 * 2 ** 26), timed("matmul", [0.01, 0.02, 0.04], 2 * 2048 ** 3)
     setup = SimpleNamespace(sizes=sizes("vit-nano"), batch=2, dtype=torch.float32)
-    return bench.summarise(contestants, limits, [], training, setup)
+    return bench.summarise([timed(*item) for item in seconds.items()], limits, [], training, setup)
 
 
 def test_ratios_are_of_pairs_and_agree_with_images_per_second():
     """And the verdict is mpvg's ratio to gap in each table."""
-    table = summary(default=[0.1, 0.2, 0.4], gap=[0.1, 0.3, 0.5], mpvg=[0.2, 0.3, 0.2],
-                    torchvision=[0.2, 0.1, 0.8], timm=[0.3, 0.4, 0.5], timm_gap=[0.1, 0.1, 0.1])
+    table = summary({"default": [0.1, 0.2, 0.4], "gap": [0.1, 0.3, 0.5], "mpvg": [0.2, 0.3, 0.2],
+                     "torchvision": [0.2, 0.1, 0.8], "timm": [0.3, 0.4, 0.5], "timm gap": [0.1, 0.1, 0.1]})
     rows = {row["name"]: row for row in table["rows"]}
     assert list(rows) == ["default", "gap", "mpvg", "torchvision", "timm", "timm gap"]
     assert rows["mpvg"]["speed_to_plain"] == approx([1.0, 0.5, 2.5])  # beside gap
@@ -1838,10 +1838,11 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
     assert "300 (200-300)" in text and max(map(len, text.splitlines())) <= 100
     table["rows"][0]["milliseconds"] = [9.124, 8.9, 12.34]
     assert "9.12 (8.90-12.3)" in bench.as_text("inference-eager", table)
-    assert bench.verdict({"inference-eager": table, "training-eager": summary(gap=[0.9] * 3, mpvg=[1.0] * 3)}) == (
+    other = summary(dict(gap=[0.9] * 3, mpvg=[1.0] * 3))
+    assert bench.verdict({"inference-eager": table, "training-eager": other}) == (
         "mpvg's speed relative to gap's, median (95 % interval): 1.000 (0.500 to 2.500) in inference-eager, "
         "0.900 (0.900 to 0.900) in training-eager.")
-    alone = summary(lape=[0.1] * 3, mpvg=[0.2] * 3, training=True)  # a class token is another model
+    alone = summary(dict(lape=[0.1] * 3, mpvg=[0.2] * 3), training=True)  # a class token is another model
     assert "not measured" in bench.verdict({"training-eager": alone})
     for row in alone["rows"]:
         assert row["speed_to_plain"] is row["speed_to_best_peer"] is row["plain"] is row["best_peer"] is None
@@ -1853,8 +1854,9 @@ def test_the_interval_of_a_median():
     random = seeded(0)
     for n, first, covers in ((20, 5, 0.959), (10, 1, 0.979), (6, 0, 0.969), (3, 0, 0.75)):
         seconds = torch.rand(2000, n, generator=random).double() + 0.5  # their median is 1
-        found = [bench.speed(timed("a", "", [1.0] * n), timed("b", "", row)) for row in seconds.tolist()]
-        assert found[0] == [seconds[0].quantile(0.5).item(), *seconds[0].sort().values[[first, n - 1 - first]].tolist()]
+        found = [bench.speed(timed("a", [1.0] * n), timed("b", row)) for row in seconds.tolist()]
+        ratios = seconds[0].sort().values
+        assert found[0] == [ratios.quantile(0.5).item(), ratios[first].item(), ratios[-1 - first].item()]
         assert sum(low <= 1 <= high for _, low, high in found) / 2000 == approx(covers, abs=0.02)
 
 
@@ -1867,26 +1869,25 @@ def test_memory_is_what_is_held_and_what_a_call_allocates(quick):
 
     memory, attention = bench.look_inside(call, 1000, CPU)
     assert 3 * 2 ** 20 + 1000 <= memory < 3.2 * 2 ** 20 and attention is None
-    setup = SimpleNamespace(device=CPU, dtype=torch.float32, precision="fp32", mode="reduce-overhead",
-                            sizes=sizes("vit-nano"))
     batch = images(4, (32, 32), dtype=torch.float32), torch.arange(4)
+    setup = SimpleNamespace(device=CPU, dtype=torch.float32, mode="reduce-overhead", sizes=sizes("vit-nano"))
     one = bench.make_contestant("gap", "inference-compiled", [batch], setup)
     assert quick[0]["mode"] == "reduce-overhead" and one.facts["memory_bytes"] is None  # CUDA graphs have a pool
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, precision", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
 @pytest.mark.parametrize("table", ["inference-eager", "training-eager"])
-def test_inference_has_weights_of_the_dtype_and_training_has_autocast_and_an_optimizer(monkeypatch, table, dtype):
+def test_inference_has_weights_of_the_dtype_and_training_has_autocast_and_an_optimizer(
+        monkeypatch, table, dtype, precision):
     model, training, seen = ViT(**SMALL, pool="gap"), table == "training-eager", []
     start = model.head.weight.detach().clone()
     model.register_forward_pre_hook(lambda _, x: seen.append(
         (x[0].data_ptr(), x[0].dtype, model.training, torch.is_autocast_enabled("cpu"))))
     monkeypatch.setattr(bench, "build", lambda *_: (model, "gap"))
     expected = torch.float32 if training else dtype
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    setup = SimpleNamespace(device=CPU, dtype=dtype, precision=precision, sizes=None)
     batches = torch.randn(3, 4, 3, 32, 32, dtype=expected), torch.arange(12).view(3, 4) % 5
-    one = bench.make_contestant("gap", table, list(zip(*batches)), setup)
+    setup = SimpleNamespace(device=CPU, dtype=dtype, precision=precision, sizes=None)
+    one = bench.make_contestant("gap", table, [*zip(*batches)], setup)
     assert {call[1:] for call in seen} == {(expected, training, training and dtype == torch.bfloat16)}
     places = [call[0] for call in seen]
     assert len(set(places[:3])) == 3 and places[3:] == places[:-3]  # batches in turn
