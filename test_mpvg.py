@@ -29,8 +29,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
+from PIL.Image import Resampling
 from pytest import approx
 from torch.testing import assert_close
+from torchvision.transforms import RandomErasing, RandomResizedCrop
 
 import bench
 import mpvg
@@ -470,7 +472,7 @@ def test_resize_pos_embed():
     assert resize_pos_embed(table, (4, 4), (4, 4), prefix=1) is table
     for old, new in (((4, 4), (2, 3)), ((2, 8), (3, 5)), ((2, 8), (5, 7)), ((2, 8), (4, 4)), ((8, 2), (3, 5))):
         mine = resize_pos_embed(table, old, new, prefix=1)
-        image = Image.fromarray(table[0, 1:, 0].view(old).numpy()).resize(new[::-1], Image.Resampling.BICUBIC)
+        image = Image.fromarray(table[0, 1:, 0].view(old).numpy()).resize(new[::-1], Resampling.BICUBIC)
         assert torch.equal(mine[:, 0], table[:, 0])
         assert_close(mine[0, 1:, 0].view(new), torch.from_numpy(np.array(image)), rtol=1e-4, atol=1e-4)
     for dtype in (torch.float64, torch.bfloat16):
@@ -575,11 +577,11 @@ def test_load_weights_names_every_misfit_and_loads_nothing():
 # ------------------------------------------------------------------------------------------- train.py: augmentation
 
 CIFAR = train.DATASETS["cifar100"].recipe
-FILL = (129, 124, 112)
+FILL = (129, 124, 112)  # cifar100's mean colour
 
 
 def photos(count=60):
-    """uint8 images that an operation cannot treat alike: noise, slopes, flat and low-contrast ones, digits."""
+    """uint8 images that differ in kind: noise, slopes, flat and low-contrast ones, digits."""
     generator = seeded(0)
     x = make_numbers(count, 3)[0]
     x[::4] = torch.randint(0, 256, x[::4].shape, generator=generator, dtype=torch.uint8)
@@ -602,63 +604,56 @@ def difference(mine, image):
     return (mine.int() - torch.from_numpy(np.array(image)).permute(2, 0, 1).int()).abs().float()
 
 
-def transformed(matrix):
-    return lambda image, m, how: image.transform(image.size, Image.Transform.AFFINE, matrix(m), how, fillcolor=FILL)
-
-
-PILLOW = {  # timm's rand-m9-mstd0.5-inc1, image by image; m: signed magnitude
-    "AutoContrast": lambda image, m, how: ImageOps.autocontrast(image),
-    "Equalize": lambda image, m, how: ImageOps.equalize(image),
-    "Invert": lambda image, m, how: ImageOps.invert(image),
-    "Rotate": lambda image, m, how: image.rotate(30 * m / 10, how, fillcolor=FILL),
-    "Posterize": lambda image, m, how: image.point([v & -(1 << (4 + int(0.4 * abs(m)))) & 255 for v in range(256)] * 3),
-    "Solarize": lambda image, m, how: ImageOps.solarize(image, 256 - int(25.6 * abs(m))),
-    "SolarizeAdd": lambda image, m, how: image.point(
-        [min(255, v + int(11 * abs(m))) if v < 128 else v for v in range(256)] * 3),
-    "Color": lambda image, m, how: ImageEnhance.Color(image).enhance(max(0.1, 1 + 0.09 * m)),
-    "Contrast": lambda image, m, how: ImageEnhance.Contrast(image).enhance(max(0.1, 1 + 0.09 * m)),
-    "Brightness": lambda image, m, how: ImageEnhance.Brightness(image).enhance(max(0.1, 1 + 0.09 * m)),
-    "Sharpness": lambda image, m, how: ImageEnhance.Sharpness(image).enhance(max(0.1, 1 + 0.09 * m)),
-    "ShearX": transformed(lambda m: (1, 0.03 * m, 0, 0, 1, 0)),
-    "ShearY": transformed(lambda m: (1, 0, 0, 0.03 * m, 1, 0)),
-    "TranslateX": transformed(lambda m: (1, 0, 0.045 * m * 32, 0, 1, 0)),
-    "TranslateY": transformed(lambda m: (1, 0, 0, 0, 1, 0.045 * m * 32)),
-}
+def pillow(name, image, m, how):
+    """An operation of timm's rand-m9-mstd0.5-inc1 on one image; m: signed magnitude."""
+    if name in ("AutoContrast", "Equalize", "Invert"):
+        return getattr(ImageOps, name.lower())(image)
+    if name in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return getattr(ImageEnhance, name)(image).enhance(max(0.1, 1 + 0.09 * m))
+    if name == "Solarize":
+        return ImageOps.solarize(image, 256 - int(25.6 * abs(m)))
+    if name == "SolarizeAdd":
+        return image.point([min(255, v + int(11 * abs(m))) if v < 128 else v for v in range(256)] * 3)
+    if name == "Posterize":
+        return image.point([v & -(1 << (4 + int(0.4 * abs(m)))) & 255 for v in range(256)] * 3)
+    if name == "Rotate":
+        return image.rotate(3 * m, how, fillcolor=FILL)
+    matrix = {"ShearX": (1, 0.03 * m, 0, 0, 1, 0), "TranslateX": (1, 0, 0.045 * m * 32, 0, 1, 0),
+              "ShearY": (1, 0, 0, 0.03 * m, 1, 0), "TranslateY": (1, 0, 0, 0, 1, 0.045 * m * 32)}[name]
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, how, fillcolor=FILL)
 
 
 @pytest.mark.parametrize("name", train.OPERATIONS)
 def test_an_operation_is_pillows(name):
     """To one of 255; where bicubic interpolation enters, on average: torch's has a = -0.75, Pillow's -1."""
-    x, first_bicubic = photos(), 30
-    generator = seeded(1)
+    x, bicubic, generator = photos(), torch.arange(60) >= 30, seeded(1)
     m = 10 * torch.rand(len(x), generator=generator)
     m[::2] = (9 + 0.5 * torch.randn(len(m[::2]), generator=generator)).clamp(0, 10)
     m[:3] = torch.tensor([0.0, 10.0, 5.0])
     m *= torch.where(torch.rand(len(x), generator=generator) < 0.5, -1.0, 1.0)
-    warp = partial(train.warp, fill=torch.tensor(FILL, dtype=torch.float))
-    before = x.clone()
-    mine = train.OPERATIONS[name](x, m, partial(warp, bicubic=torch.arange(len(x)) >= first_bicubic))
+    before, warp = x.clone(), partial(train.warp, fill=torch.tensor(FILL, dtype=torch.float))
+    mine = train.OPERATIONS[name](x, m, partial(warp, bicubic=bicubic))
     assert torch.equal(x, before) and mine.dtype == torch.uint8 and mine.shape == x.shape
     geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
     differences = []
     for i in range(len(x)):
-        how = Image.Resampling.BILINEAR if i < first_bicubic else Image.Resampling.BICUBIC
-        differences.append(difference(mine[i], PILLOW[name](pil(x[i]), m[i].item(), how)))
-        assert differences[i].max() <= 1 or (geometric and i >= first_bicubic), i
+        how = Resampling.BICUBIC if bicubic[i] else Resampling.BILINEAR
+        differences.append(difference(mine[i], pillow(name, pil(x[i]), m[i].item(), how)))
+        assert differences[i].max() <= 1 or (geometric and bicubic[i]), i
     assert torch.stack(differences).mean() < 1.2
 
 
 def test_crop_boxes_are_pillows():
-    x, first_bicubic = photos(), 30
+    x, bicubic = photos(), torch.arange(60) >= 30
     u = torch.rand(4, len(x), generator=seeded(2))
     height, width = (10 + 22 * u[0]).round(), (10 + 22 * u[1]).round()
     box = torch.stack([((33 - height) * u[2]).floor(), ((33 - width) * u[3]).floor(), height, width], dim=1)
-    bicubic = torch.arange(len(x)) >= first_bicubic
     mine = train.crop_boxes(x, box, bicubic)
     for i, (top, left, h, w) in enumerate(box.int().tolist()):
-        how = Image.Resampling.BILINEAR if i < first_bicubic else Image.Resampling.BICUBIC
-        theirs = difference(mine[i], pil(x[i]).crop((left, top, left + w, top + h)).resize((32, 32), how))
-        assert theirs.max() <= 1 if i < first_bicubic else theirs.mean() < 6, (i, theirs.mean(), theirs.max())
+        how = Resampling.BICUBIC if bicubic[i] else Resampling.BILINEAR
+        theirs = pil(x[i]).crop((left, top, left + w, top + h)).resize((32, 32), how)
+        error = difference(mine[i], theirs)
+        assert error.mean() < 6 if bicubic[i] else error.max() <= 1, (i, error.mean(), error.max())
     whole = torch.tensor([[0.0, 0.0, 32.0, 32.0]]).repeat(len(x), 1)
     assert torch.equal(train.crop_boxes(x, whole, bicubic), x)
 
@@ -669,7 +664,7 @@ def test_boxes_and_operations_are_distributed_as_published():
     draws, image = train.draw_augmentation(40_000, 32, CIFAR), torch.zeros(3, 32, 32)
     erased = draws["erase"][draws["erase"][:, 2] > 0]
     assert len(erased) / 40_000 == approx(0.25, abs=0.01)
-    crop, erase = torchvision.transforms.RandomResizedCrop.get_params, torchvision.transforms.RandomErasing.get_params
+    crop, erase = RandomResizedCrop.get_params, RandomErasing.get_params
     for mine, theirs in ((draws["crop"], [crop(image, [0.8, 1.0], [3 / 4, 4 / 3]) for _ in range(10_000)]),
                          (erased, [erase(image, [0.02, 1 / 3], [0.3, 1 / 0.3])[:4] for _ in range(10_000)])):
         theirs = torch.tensor(theirs).float()
@@ -841,8 +836,8 @@ def test_crops_are_pillows(files):
         x, label, unreadable = data[index, seed]
         image = Image.open(data.samples[index][0]).convert("RGB")
         torch.manual_seed(seed)
-        top, left, h, w = torchvision.transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-        theirs = difference(x, image.crop((left, top, left + w, top + h)).resize((48, 48), Image.Resampling.BICUBIC))
+        top, left, h, w = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+        theirs = difference(x, image.crop((left, top, left + w, top + h)).resize((48, 48), Resampling.BICUBIC))
         assert theirs.max() <= 2 and theirs.mean() < 0.5 and label == unreadable == 0
     assert not torch.equal(load_files(files, image_size=48, bicubic=0.0)["train"][0, 77][0], data[0, 77][0])
     for crop_ratio, short in ((0.875, 48), (1.0, 42)):
@@ -852,7 +847,7 @@ def test_crops_are_pillows(files):
             scale = short / min(image.size)
             width, height = (max(short, int(side * scale)) for side in image.size)
             left, top = round((width - 42) / 2), round((height - 42) / 2)
-            image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 42, top + 42))
+            image = image.resize((width, height), Resampling.BICUBIC).crop((left, top, left + 42, top + 42))
             assert difference(data[index, 0][0], image).max() <= 2, (index, short)
 
 
