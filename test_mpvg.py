@@ -806,8 +806,10 @@ def test_cifar100_is_torchvisions(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """An ImageFolder of three classes with 17 files each to train on and 5 to test: JPEGs of several sizes, one of them
-    CMYK, one grey; in class b of train/ one is cut off and one empty."""
+    """An ImageFolder of three classes, 17 files each to train on and 5 to test.
+
+    JPEGs of several sizes, in each class one CMYK and one grey; in train/b one is cut off and one empty.
+    """
     root, pixels = tmp_path_factory.mktemp("files"), iter(make_numbers(66, 4)[0])
     for split, count in (("train", 17), ("val", 5)):
         for name in "abc":
@@ -816,13 +818,14 @@ def files(tmp_path_factory):
                 image = pil(next(pixels)).resize((80 - 9 * (i % 5), 50 + 7 * (i % 4)))
                 image = image.convert({1: "CMYK", 2: "L"}.get(i, "RGB"))
                 image.save(root / split / name / f"{i:02d}.JPEG", quality=95)
-    whole = (root / "train" / "b" / "03.JPEG").read_bytes()
-    (root / "train" / "b" / "03.JPEG").write_bytes(whole[:len(whole) // 2])
-    (root / "train" / "b" / "04.JPEG").write_bytes(b"")
+    cut, empty = (root / "train" / "b" / name for name in ("03.JPEG", "04.JPEG"))
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    empty.write_bytes(b"")
     return root
 
 
-FILES = dict(data="imagenet", image_size=32, num_classes=3, fraction=1.0, seed=3, crop_scale=0.08, bicubic=1.0)
+ARRAYS = dict(data="cifar100", image_size=32, num_classes=100, seed=3)
+FILES = dict(data="imagenet", image_size=32, num_classes=3, seed=3, fraction=1.0, crop_scale=0.08, bicubic=1.0)
 
 
 def load_files(root, workers=0, **changes):
@@ -837,8 +840,9 @@ def test_crops_are_pillows(files):
         image = Image.open(data.samples[index][0]).convert("RGB")
         torch.manual_seed(seed)
         top, left, h, w = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-        theirs = difference(x, image.crop((left, top, left + w, top + h)).resize((48, 48), Resampling.BICUBIC))
-        assert theirs.max() <= 2 and theirs.mean() < 0.5 and label == unreadable == 0
+        theirs = image.crop((left, top, left + w, top + h)).resize((48, 48), Resampling.BICUBIC)
+        error = difference(x, theirs)
+        assert error.max() <= 2 and error.mean() < 0.5 and label == unreadable == 0
     assert not torch.equal(load_files(files, image_size=48, bicubic=0.0)["train"][0, 77][0], data[0, 77][0])
     for crop_ratio, short in ((0.875, 48), (1.0, 42)):
         data = train.load_split(FILES | dict(image_size=42), "test", files, CPU, 0, crop_ratio)
@@ -853,19 +857,21 @@ def test_crops_are_pillows(files):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd, workers):
-    data, cut, empty = load_files(files, workers), 17 + 3, 17 + 4  # class b's follow the 17 files of a
-    path = data["train"].samples[cut][0]
+    training, test = load_files(files, workers).values()
+    cut, empty, after = 17 + 3, 17 + 4, 17 + 5  # class b's follow the 17 files of a
+    path = training.samples[cut][0]
     train.warn.cache_clear()
-    (x, y), = data["train"].read_batches([[(cut, 5), (0, 6), (empty, 7), (1, 8)]])
-    instead = [data["train"][index, seed][0] for index, seed in ((empty + 1, 5), (0, 6), (empty + 1, 7), (1, 8))]
-    assert torch.equal(x, torch.stack(instead)) and y.tolist() == [1, 0, 1, 0] and data["train"].unreadable == 3
-    assert f"warning: {path} cannot be decoded and is skipped (image file is truncated" in capfd.readouterr().err
-    data["train"].samples = [(str(files / f"{i}.JPEG"), 0) for i in range(30)]  # as if the disk were gone
+    (x, y), = training.read_batches([[(cut, 5), (0, 6), (empty, 7), (1, 8)]])
+    instead = [training[index_and_seed][0] for index_and_seed in ((after, 5), (0, 6), (after, 7), (1, 8))]
+    assert torch.equal(x, torch.stack(instead)) and y.tolist() == [1, 0, 1, 0] and training.unreadable == 3
+    warning = f"warning: {path} cannot be decoded and is skipped (image file is truncated"
+    assert warning in capfd.readouterr().err
+    training.samples = [(str(files / f"{i}.JPEG"), 0) for i in range(30)]  # as if the disk were gone
     with pytest.raises(OSError, match="and the 19 files before it cannot be decoded"):
-        data["train"][0, 0]
-    data["test"].samples[7] = path, 1  # all test images count, or none
+        training[0, 0]
+    test.samples[7] = path, 1  # all test images count, or none
     with pytest.raises(OSError, match=r"test image .*/b/03.JPEG cannot be decoded \(image file is truncated"):
-        list(data["test"].test_batches())
+        list(test.test_batches())
 
 
 def test_evaluate_pads_the_last_batch(files):
@@ -882,31 +888,31 @@ def test_evaluate_pads_the_last_batch(files):
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
 def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
-    """Batches of one process beside those of two and three: the same images, bit for bit, without erasing's noise."""
+    """One process, two and three get the same images, bit for bit, without erasing's noise."""
     if kind == "files":
-        recipe, config, data = train.DATASETS["imagenet"].recipe, FILES, load_files(files)
+        recipe, config, (training, test) = train.DATASETS["imagenet"].recipe, FILES, load_files(files).values()
     else:
-        recipe, config = CIFAR, dict(data="cifar100", image_size=32, num_classes=100, seed=3)
-        data = dict(train=train.ArrayData(*make_numbers(50, 1)), test=train.ArrayData(*make_numbers(40, 2)))
-    recipe = replace(recipe, batch_size=12, erase=0.0)
-    whole = [*train.train_batches(data["train"], recipe, config, epoch=2)]
+        recipe, config = CIFAR, ARRAYS
+        training, test = (train.ArrayData(*make_numbers(count, 1)) for count in (50, 40))
+    batches = partial(train.train_batches, training, replace(recipe, batch_size=12, erase=0.0), config, 2)
+    whole = [*batches()]
     assert len(whole) == 4 and whole[0][0].shape == (12, 3, 32, 32) and whole[0][1].shape[0] == 12
     for world_size in (2, 3):
-        shares = [train.train_batches(data["train"], recipe, config, 2, rank, world_size) for rank in range(world_size)]
+        shares = [batches(rank, world_size) for rank in range(world_size)]
         for (x, y), *parts in zip(whole, *shares, strict=True):
             assert torch.equal(torch.cat([part[0] for part in parts]), x)
             assert torch.equal(torch.cat([part[1] for part in parts]), y)
-    shares = [image for rank in range(3) for x, _ in data["test"].test_batches(rank, 3, 5) for image in x]
-    whole = [image for x, _ in data["test"].test_batches() for image in x]
-    assert sorted(image.numpy().tobytes() for image in shares) == sorted(image.numpy().tobytes() for image in whole)
+
+    def test_images(*shares):
+        return sorted(image.numpy().tobytes() for batches in shares for x, _ in batches for image in x)
+    assert test_images(*(test.test_batches(rank, 3, 5) for rank in range(3))) == test_images(test.test_batches())
 
 
 def test_each_process_erases_with_noise_of_its_own():
     recipe = replace(CIFAR, batch_size=12, erase=1.0, mixup=0.0, cutmix=0.0, ra_ops=0)
-    config = dict(data="cifar100", image_size=32, num_classes=100, seed=3)
     data = train.ArrayData(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12))
-    shares = [next(train.train_batches(data, recipe, config, 2, rank, 3))[0] for rank in range(3)]
-    _, (seed,) = train.epoch_order(recipe, 12, 3, epoch=2)  # crops and boxes are drawn with it
+    shares = [next(train.train_batches(data, recipe, ARRAYS, 2, rank, 3))[0] for rank in range(3)]
+    _, (seed,) = train.epoch_order(recipe, 12, ARRAYS["seed"], epoch=2)  # crops and boxes are drawn with it
     shares.append(torch.randn(4, 3, 32, 32, generator=seeded(seed)))
     for a, b in combinations([set(share.flatten().tolist()) for share in shares], 2):
         assert len(a & b) < 10  # three of them are the blank image's
@@ -1730,7 +1736,7 @@ def test_an_accelerator_computes_what_the_cpu_does(accelerator):
         net.cpu()
     for data in ("cifar100", "imagenet"):
         recipe = replace(train.DATASETS[data].recipe, batch_size=50, erase=0.0)  # erasing's noise differs
-        config = dict(data=data, image_size=32, num_classes=100, seed=3)
+        config = ARRAYS | dict(data=data)
         epochs = [train.train_batches(train.ArrayData(*make_numbers(200, 1), device), recipe, config, 0)
                   for device in ("cpu", "cuda" if accelerator.type == "cuda" else "cpu")]
         for (x, targets), (y, others) in zip(*epochs, strict=True):
