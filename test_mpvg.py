@@ -1117,8 +1117,9 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
 
 def test_cuda_gets_tf32_and_no_attention_of_cudnn(monkeypatch):
     """cuDNN's may round dropout: results/fidelity.md."""
-    for name, value in dict(is_available=True, current_accelerator=torch.device("cuda"), device_count=2).items():
-        monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
+    two_gpus = dict(is_available=True, current_accelerator=torch.device("cuda"), device_count=2)
+    for name, value in two_gpus.items():
+        monkeypatch.setattr(torch.accelerator, name, Mock(return_value=value))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precision := Mock())
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn := Mock())
     assert train.choose_device("cuda:1") == torch.device("cuda", 1)
@@ -1126,13 +1127,13 @@ def test_cuda_gets_tf32_and_no_attention_of_cudnn(monkeypatch):
 
 
 def test_defaults_follow_the_device(monkeypatch):
-    expected = dict(cpu=("numbers", "fp32", "off"), cuda=("cifar100", "bf16", "on"), mps=("cifar100", "fp32", "off"))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7 + device.index))
-    assert [train.default_precision(torch.device("cuda", i)) for i in (0, 1)] == ["fp32", "bf16"]
-    for name, values in expected.items():
-        monkeypatch.setattr(train, "choose_device", lambda _, name=name: torch.device(name, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(major=7 + gpu.index))
+    for device, *expected in (
+            ("cpu", "numbers", "fp32", "off"), ("mps", "cifar100", "fp32", "off"),
+            ("cuda:0", "cifar100", "fp32", "on"), ("cuda:1", "cifar100", "bf16", "on")):  # the first has no bf16
+        monkeypatch.setattr(train, "choose_device", lambda _, device=device: torch.device(device))
         config = configure()
-        assert (config["data"], config["precision"], config["compile"]) == values
+        assert [config[name] for name in ("data", "precision", "compile")] == expected
 
 
 def test_accumulate_splits_the_batch(cli, monkeypatch):
@@ -1143,15 +1144,14 @@ def test_accumulate_splits_the_batch(cli, monkeypatch):
 
 
 def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
-    """The same losses compiled, as one graph, and nearly the same in bf16; the plain module is what is saved."""
-    real, asked = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda model, **how: asked.append(how) or real(
-        model, backend="aot_eager", **how))
+    """The same losses compiled, as one graph, and nearly the same in bf16; the plain module is saved."""
+    compile_ = Mock(side_effect=partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", compile_)
     for name, flags in dict(plain="", compiled="--compile on", half="--precision bf16").items():
         result = ok(cli("--epochs 2 --batch-size 50 --method mpvg:drop_path=0.2:depth=2:dim=32:heads=2",
                         f"--name {name}", flags))
         assert ("compiled in" in result.out) == (name == "compiled")
-    assert asked == [dict(fullgraph=True, dynamic=False)]
+    assert [call.kwargs for call in compile_.call_args_list] == [dict(fullgraph=True, dynamic=False)]
     plain, compiled, half = (load(tmp_path / name) for name in ("plain", "compiled", "half"))
     assert_close(compiled["model"], plain["model"], rtol=1e-3, atol=1e-4)
     losses = [[line["loss"] for line in run["log"]] for run in (plain, half)]
@@ -1169,12 +1169,13 @@ def test_init_and_freeze(cli, trained, tmp_path):
         assert torch.equal(value, weights[name]) == (not name.startswith("head")), name
     ten = weights | {"head.weight": weights["head.weight"][:10], "head.bias": weights["head.bias"][:10]}
     torch.save(ten, tmp_path / "ten.pt")  # other classes: a new head
-    for init, data in ((tmp_path / "ten.pt", "numbers"), (first, "cifar100")):  # the second: as many, but others
+    for init, data in ((tmp_path / "ten.pt", "numbers"), (first, "cifar100")):  # cifar100: as many, but others
         result = ok(cli(f"--data {data} --model vit-nano --epochs 1 --lr 0 --name {data} --init", init))
         assert "with a new head" in result.out
         moved = load(tmp_path / data)["model"]
-        assert moved["head.weight"].shape == (100, 128) and torch.equal(moved["pos_embed"], weights["pos_embed"])
+        assert torch.equal(moved["pos_embed"], weights["pos_embed"])
         assert not torch.equal(moved["head.weight"], weights["head.weight"])
+        assert moved["head.weight"].shape == (100, 128)
 
 
 def test_init_from_a_plain_vits_weights(cli, tmp_path):
@@ -1182,8 +1183,8 @@ def test_init_from_a_plain_vits_weights(cli, tmp_path):
     for method in ("default", "pvg"):
         ok(cli(f"--method {method} --epochs 1 --name {method}"))
     torch.save({"state_dict": load(tmp_path / "default")["model"]}, tmp_path / "file.pt")
-    new = ", ".join(f"{name}.{part}" for name in ("blocks.1.pe_norm", "blocks.2.pe_norm", "blocks.3.pe_norm", "pe_norm")
-                    for part in ("weight", "bias"))
+    norms = "blocks.1.pe_norm", "blocks.2.pe_norm", "blocks.3.pe_norm", "pe_norm"
+    new = ", ".join(f"{norm}.{part}" for norm in norms for part in ("weight", "bias"))
     for name, flags, says in (
             ("default/last.pt", "--method mpvg", f"without its class token, with new norms at 0 ({new}), "),
             ("pvg/last.pt", "--method mpvg", "with new norms at 0 (pe_norm.weight, pe_norm.bias), "),
@@ -1199,10 +1200,10 @@ def test_init_from_a_plain_vits_weights(cli, tmp_path):
 def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     """Through workers; evaluated again at its size, at another and of the whole short side."""
     flags = "--data imagenet --model vit-nano --image-size 32 --batch-size 24 --epochs 2 --data-dir", files
-    real, asked = train.DataLoader, set()
-    monkeypatch.setattr(train, "DataLoader", lambda *a, **how: asked.add(how["num_workers"]) or real(*a, **how))
+    monkeypatch.setattr(train, "DataLoader", loader := Mock(side_effect=train.DataLoader))
     result = ok(cli(*flags, "--workers 2 --fraction 0.95"))
-    assert asked == {2} and "48 training images, 15 test images" in result.out
+    assert {call.kwargs["num_workers"] for call in loader.call_args_list} == {2}
+    assert "48 training images, 15 test images" in result.out
     folder = tmp_path / "mpvg-vit-nano-imagenet-seed0"
     last = log_of(folder)[-1]
     assert last["unreadable"] >= 2 and load(folder)["config"]["num_classes"] == 3
@@ -1213,13 +1214,14 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     ok(report(tmp_path, folder, "--data-dir", files))
     assert read_json(folder / "mechanism.json")["cosine"] <= 1
     tuned = ok(cli(*flags, "--image-size 48 --name tuned --lr 0 --init", folder))
-    assert "with its head" in tuned.out and load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
+    assert "with its head" in tuned.out
+    assert load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
     other = shutil.copytree(files, tmp_path / "other")
     (other / "val" / "a" / "03.JPEG").write_bytes(b"")
     assert "was not measured again (test image" in ok(report(tmp_path, folder, "--data-dir", other)).err
     shutil.rmtree(other / "val" / "c")
-    one_line(evaluation(folder, "--data-dir", other), "val has 2 classes, the model 3: set --data-dir to the folder")
-    one_line(evaluation(folder, "--data-dir", tmp_path / "nowhere"), "val does not exist: set --data-dir to the folder")
+    one_line(evaluation(folder, "--data-dir", other), "val has 2 classes, the model 3: set --data-dir to")
+    one_line(evaluation(folder, "--data-dir", tmp_path / "nowhere"), "val does not exist: set --data-dir to")
 
 
 # -------------------------------------------------------------------------- train.py: runs that survive, processes
