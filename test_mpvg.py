@@ -252,8 +252,6 @@ deit-small     22,050,664  22,049,896  22,059,880  22,058,344  22,059,112
 deit-base      86,567,656  86,566,120  86,586,088  86,583,016  86,584,552
 vit-lite-mini  542,404     542,212     543,748     543,364     543,556
 """
-
-
 PAPER_COUNTS = {  # in thousands, cut: default, lape, pvg, mpvg
     "vit-lite": [3740, 3744, 3742, 3743], "deit-tiny": [5717, 5721, 5721, 5721],
     "deit-small": [22050, 22059, 22058, 22059], "deit-base": [86567, 86586, 86583, 86584]}
@@ -407,11 +405,10 @@ def test_initialisation():
     lite = create("vit-lite", "default").requires_grad_(False)
     deit = create("deit-tiny", "mpvg-free", depth=2, pe_std=0.3).requires_grad_(False)
     assert not lite.cls_token.any() and create("deit-tiny", "default", depth=1).cls_token.std() > 0.01
-    assert lite.pos_embed.std() == approx(0.2, rel=0.05)
-    assert deit.pos_embed.std() == approx(0.3, rel=0.05)
-    assert deit.last_pos_embed.std() == approx(0.3, rel=0.05)
-    assert lite.patch_embed.proj.weight.std() == approx((2 / 48) ** 0.5, rel=0.05)
-    assert deit.patch_embed.proj.weight.std() == approx((1 / 3 / 768) ** 0.5, rel=0.05)
+    for drawn, std in (
+            (lite.pos_embed, 0.2), (deit.pos_embed, 0.3), (deit.last_pos_embed, 0.3),
+            (lite.patch_embed.proj.weight, (2 / 48) ** 0.5), (deit.patch_embed.proj.weight, (1 / 3 / 768) ** 0.5)):
+        assert drawn.std() == approx(std, rel=0.05)
     for model in (lite, deit):
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -764,19 +761,18 @@ def test_prepare_mixes_then_erases():
 # ------------------------------------------------------------------------------------------ train.py: recipes, data
 
 def test_recipes_are_the_published_ones():
-    published = dict(epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=10,
-                     cooldown_epochs=10, lr_per="epoch", weight_decay=0.06, decay_pe=True, label_smoothing=0.1,
-                     repeats=1, crop_scale=0.8, bicubic=0.5, flip=0.5, ra_ops=2, ra_magnitude=9, mixup=0.8, cutmix=1.0,
-                     erase=0.25, erase_first=False)
-    assert asdict(CIFAR) == published
-    deit = dict(published, epochs=300, batch_size=1024, lr=5e-4 * 1024 / 512, warmup_epochs=5, cooldown_epochs=0,
-                weight_decay=0.05, decay_pe=False, repeats=3, crop_scale=0.08, bicubic=1, erase_first=True)
-    imagenet = train.DATASETS["imagenet"]
-    assert asdict(imagenet.recipe) == deit
+    published = dict(
+        epochs=310, batch_size=128, lr=6e-4, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=10, cooldown_epochs=10,
+        lr_per="epoch", weight_decay=0.06, decay_pe=True, label_smoothing=0.1, repeats=1, crop_scale=0.8, bicubic=0.5,
+        flip=0.5, ra_ops=2, ra_magnitude=9, mixup=0.8, cutmix=1.0, erase=0.25, erase_first=False)
+    deit = published | dict(
+        epochs=300, batch_size=1024, lr=5e-4 * 1024 / 512, warmup_epochs=5, cooldown_epochs=0, weight_decay=0.05,
+        decay_pe=False, repeats=3, crop_scale=0.08, bicubic=1, erase_first=True)
+    numbers, cifar100, imagenet = train.DATASETS.values()
+    assert [asdict(cifar100.recipe), asdict(imagenet.recipe)] == [published, deit]
+    assert (cifar100.mean, cifar100.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
     assert (imagenet.mean, imagenet.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert (train.DATASETS["cifar100"].mean, train.DATASETS["cifar100"].std) == (
-        (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-    assert [d.model for d in train.DATASETS.values()] == ["vit-nano", "vit-lite", "deit-tiny"]
+    assert (numbers.model, cifar100.model, imagenet.model) == ("vit-nano", "vit-lite", "deit-tiny")
 
 
 def test_numbers_are_balanced_and_repeatable(monkeypatch):
