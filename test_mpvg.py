@@ -899,9 +899,9 @@ def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
             assert torch.equal(torch.cat([part[0] for part in parts]), x)
             assert torch.equal(torch.cat([part[1] for part in parts]), y)
 
-    def test_images(*shares):
-        return sorted(image.numpy().tobytes() for batches in shares for x, _ in batches for image in x)
-    assert test_images(*(test.test_batches(rank, 3, 5) for rank in range(3))) == test_images(test.test_batches())
+    def pixels(*shares):
+        return sorted(image.numpy().tobytes() for share in shares for x, _ in share for image in x)
+    assert pixels(*(test.test_batches(rank, 3, 5) for rank in range(3))) == pixels(test.test_batches())
 
 
 def test_each_process_erases_with_noise_of_its_own():
