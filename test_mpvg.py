@@ -926,6 +926,16 @@ def test_repeated_augmentation_and_partners():
         assert places[:6] == once.flatten()[pattern].tolist()
 
 
+def test_an_epoch_of_several_chunks_has_every_step():
+    """Images so large that four steps are a chunk."""
+    images = torch.zeros(1, dtype=torch.uint8).expand(11, 3, 1024, 1024)
+    off = dict(crop_scale=1.0, flip=0.0, ra_ops=0, mixup=0.0, cutmix=0.0, erase=0.0)
+    recipe, config = replace(CIFAR, batch_size=2, **off), ARRAYS | dict(image_size=1024)
+    batches = train.train_batches(train.ArrayData(images, torch.arange(11)), recipe, config, 0)
+    order, _ = train.epoch_order(recipe, 11, ARRAYS["seed"], 0)
+    assert [labels.tolist() for _, labels in batches] == order.tolist()
+
+
 def test_fraction_is_balanced_and_chosen_by_seed(monkeypatch):
     labels = torch.arange(400) % 20
     dataset = replace(train.DATASETS["cifar100"], load=lambda root, train: (torch.arange(400), labels))
