@@ -1,6 +1,5 @@
 """The specification of mpvg.py, train.py and bench.py: `python -m pytest`. Nothing here asserts a timing."""
 import argparse
-import contextlib
 import io
 import json
 import math
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import cache, partial, reduce
 from itertools import chain, combinations, product
@@ -65,7 +65,7 @@ def argv(*arguments):
 def run_cli(main, *arguments):
     """Runs a program's main() here -> its exit code and what it writes, .code, .out, .err."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["program", *argv(*arguments)])
         try:
             main()
@@ -79,6 +79,10 @@ def ok(result):
     """-> the result of run_cli, after checking that the program has succeeded."""
     assert result.code == 0, result.err
     return result
+
+
+def raises(says, kind=ValueError):
+    return pytest.raises(kind, match=re.escape(says))
 
 
 def seeded(seed):
@@ -138,7 +142,7 @@ def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True
               patch=4, depth=3, heads=2, **_):
     """The paper's equations and toggles, line by line.
 
-    -> tokens after the last norm and its PE; logits; (x_l, LN_l(x_l), its PE or None) of each block and the last norm.
+    -> tokens after the last norm and its PE; logits; of each block and the last norm (x, LN(x), its PE or None).
     """
     pieces = img.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5)  # (B, h, w, C, p, p)
     x = pieces.flatten(3).flatten(1, 2) @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
@@ -261,7 +265,7 @@ def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch):
     """It needs only torch. Two of the paper's 16 counts differ in the last digit: results/fidelity.md."""
     for name in ("train", "bench", "torchvision", "PIL", "typer"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
-    with contextlib.redirect_stdout(out := io.StringIO()):
+    with redirect_stdout(out := io.StringIO()):
         runpy.run_path(str(ROOT / "mpvg.py"), run_name="__main__")
     rows = [line.split() for line in out.getvalue().splitlines()]
     assert rows == [line.split() for line in PRINTED.splitlines()]
@@ -352,7 +356,7 @@ def test_a_model_without_pe_ignores_the_order_of_patches():
 
 @pytest.mark.parametrize("method", ["default", "lape", "mpvg", "mpvg-shift", "mpvg-free"])
 def test_compiled_equals_eager(method):
-    """Strictly: a graph break or a recompilation is an error. mpvg: Inductor without SIMD; others: the graph."""
+    """A graph break or a recompilation is an error. mpvg: Inductor without SIMD; others: the graph."""
     torch._dynamo.reset()
     model = tiny(method, depth=2).float().train()
     backend = "inductor" if method == "mpvg" else "aot_eager"
@@ -426,8 +430,8 @@ def test_a_seed_gives_all_methods_the_same_weights():
         torch.manual_seed(3)
         states.append(create("vit-nano", method).state_dict())
     for state in states:
-        for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.3.mlp.fc2.weight", "head.weight"):
-            assert torch.equal(state[name], states[0][name])
+        for name in ("patch_embed.proj", "blocks.0.attn.qkv", "blocks.3.mlp.fc2", "head"):
+            assert torch.equal(state[f"{name}.weight"], states[0][f"{name}.weight"])
     gap = [state["pos_embed"] for method, state in zip(METHODS, states) if METHODS[method]["pool"] == "gap"]
     assert all(torch.equal(table, gap[0]) for table in gap)
 
@@ -449,14 +453,14 @@ def test_a_seed_gives_all_methods_the_same_weights():
     (dict(drop_path=1.0), "drop_path=1.0 is not in [0, 1)"),
     (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none")])
 def test_impossible_options_say_what_to_do(options, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with raises(says):
         ViT(**{**TINY, **options})
 
 
 def test_unknown_names_and_shapes():
-    with pytest.raises(ValueError, match="unknown model 'vit-huge': choose from vit-lite"):
+    with raises("unknown model 'vit-huge': choose from vit-lite"):
         create("vit-huge", "mpvg")
-    with pytest.raises(ValueError, match=re.escape("(4, 3, 8, 8), the model takes (B, *(3, 8, 12)): resize")):
+    with raises("(4, 3, 8, 8), the model takes (B, *(3, 8, 12)): resize"):
         tiny()(images(size=(8, 8)))
     assert tiny(in_channels=2)(images()[:, :2]).shape == (4, 5)
 
@@ -488,16 +492,16 @@ def test_load_weights_from_files(tmp_path):
         assert_close(target(images()), source(images()))
     torch.save([1, 2], path)
     for wrong in (path, None, source, {"model": source}, {"epoch": 3}, state | {"pos_embed": np.zeros((1, 6, 16))}):
-        with pytest.raises(ValueError, match="load_weights takes a path or a dict that holds only tensors"):
+        with raises("load_weights takes a path or a dict that holds only tensors"):
             load_weights(source, wrong)
     torch.save(state, path)
     whole = path.read_bytes()
     for size in (*range(0, len(whole), 499), len(whole) - 100):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="model.pt cannot be loaded safely: it is damaged"):
+        with raises("model.pt cannot be loaded safely: it is damaged"):
             load_weights(source, path)
     for nowhere in (tmp_path / "no.pt", tmp_path, path / "no.pt"):  # not called damaged
-        with pytest.raises(OSError, match=re.escape(str(nowhere))):
+        with raises(str(nowhere), OSError):
             load_weights(source, nowhere)
 
 
@@ -507,7 +511,7 @@ def test_load_weights_runs_no_code(tmp_path, capsys):
             return print, ("code in a checkpoint ran",)
 
     torch.save({"model": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(ValueError, match="cannot be loaded safely"):
+    with raises("cannot be loaded safely"):
         load_weights(tiny(), tmp_path / "trap.pt")
     assert "code in a checkpoint ran" not in capsys.readouterr().out
 
@@ -520,10 +524,10 @@ def test_load_weights_resizes_the_pe(method, old, new, untold):
     source = tiny(method, image_size=(4 * old[0], 4 * old[1])).state_dict()
     model = tiny(method, seed=5, image_size=(4 * new[0], 4 * new[1]))
     says = f"a PE of {math.prod(old)} patches (class tokens: {int(method == 'default')}) fits"
-    with pytest.raises(ValueError, match=re.escape(f"{says} 0 of the grids [(3, 3)]: load_weights needs old_grid")):
+    with raises(f"{says} 0 of the grids [(3, 3)]: load_weights needs old_grid"):
         load_weights(model, source, old_grid=(3, 3))
     if untold:
-        with pytest.raises(ValueError, match=re.escape(untold)):
+        with raises(untold):
             load_weights(model, source)
     load_weights(model, source, old_grid=None if old == (2, 2) else old)  # a square needs no telling
     for name in {"pos_embed", "last_pos_embed"} & source.keys():
@@ -553,7 +557,7 @@ def test_load_weights_starts_a_gap_model_from_a_plain_vits_weights(start, method
 def test_load_weights_names_every_misfit_and_loads_nothing():
     state, plain = tiny("mpvg", seed=3).state_dict(), tiny("default", seed=3).state_dict()
     misshapen = state | {"pos_embed": torch.zeros(16), "norm.bias": torch.zeros(3)}
-    other = {name: state[name] for name in state if name not in ("norm.weight", "pos_embed")} | {"y": torch.zeros(1)}
+    other = {name: state[name] for name in state.keys() - {"norm.weight", "pos_embed"}} | {"y": torch.zeros(1)}
     no_gap = "a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg"
     for model, source, from_plain, says in (
             (tiny(), other, False, "missing pos_embed; missing norm.weight; unexpected y"),
@@ -656,7 +660,7 @@ def test_crop_boxes_are_pillows():
 
 
 def test_boxes_and_operations_are_distributed_as_published():
-    """Boxes are distributed as torchvision's: the same least and greatest values, means, deviations, correlations."""
+    """Boxes have torchvision's least and greatest values, means, deviations and correlations."""
     torch.manual_seed(0)
     draws, image = train.draw_augmentation(40_000, 32, CIFAR), torch.zeros(3, 32, 32)
     erased = draws["erase"][draws["erase"][:, 2] > 0]
@@ -863,7 +867,7 @@ def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd, work
     warning = f"warning: {path} cannot be decoded and is skipped (image file is truncated"
     assert warning in capfd.readouterr().err
     training.samples = [(str(files / f"{i}.JPEG"), 0) for i in range(30)]  # as if the disk were gone
-    with pytest.raises(OSError, match="and the 19 files before it cannot be decoded"):
+    with raises("and the 19 files before it cannot be decoded", OSError):
         training[0, 0]
     test.samples[7] = path, 1  # all test images count, or none
     with pytest.raises(OSError, match=r"test image .*/b/03.JPEG cannot be decoded \(image file is truncated"):
@@ -1339,7 +1343,7 @@ train.main()
 """
 
 
-def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli, tmp_path, monkeypatch, request):
+def test_a_run_is_the_same_with_one_process_two_or_two_then_one(files, cli, tmp_path, monkeypatch, request):
     """One of torchrun's two processes is killed in epoch 2; then two go on and, from a copy, one alone."""
     request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
     torch.set_default_dtype(torch.float64)  # all arithmetic, as in the driver
@@ -1349,9 +1353,8 @@ def test_a_run_is_the_same_with_one_process_two_or_first_two_then_one(files, cli
              "--device cpu --data-dir", files, "--name")
 
     def torchrun(more=""):
-        command = argv(Path(sys.executable), "-m torch.distributed.run --standalone --nproc_per_node 2 driver.py",
-                        *flags, "two", more)
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+        command = argv("-m torch.distributed.run --standalone --nproc_per_node 2 driver.py", *flags, "two", more)
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path,
                               env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
 
     ok(cli(*flags, "one"))
@@ -1512,7 +1515,7 @@ def test_the_table_of_finished_runs(tmp_path):
 
 
 def test_student_t():
-    """Half the interval of values whose standard error is 1: the t quantile itself; tables: 2.776, 2.060, 1.984."""
+    """Of values whose standard error is 1: half the interval is the quantile of t, here from tables."""
     for n, alpha, t in ((2, 0.05, 12.706), (5, 0.05, 2.776), (26, 0.05, 2.060), (101, 0.05, 1.984), (4, 0.0125, 5.392)):
         values = torch.linspace(-1, 1, n).double()
         values = (values / values.std() * n ** 0.5).tolist()
@@ -1647,7 +1650,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
 
 
 def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
-    """What differs from the recipe is listed; --init from weights of each run's own method and seed is one setting."""
+    """What differs from the recipe is listed; --init from runs of one's own method and seed is one setting."""
     lite, variants = "vit-lite, cifar100, 310 epochs, bf16", [f"mpvg-last_pe={block}" for block in (2, 3, 4, 6)]
     settings = {
         lite: {}, f"{lite}, lr 0.01, fraction 0.5, freeze True": dict(lr=0.01, fraction=0.5, freeze=True),
@@ -1786,7 +1789,7 @@ SMALL = dict(image_size=32, patch_size=16, num_classes=10, dim=16, depth=1, head
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A small model, and torch.compile with Dynamo but without Inductor; the list holds the options of each call."""
+    """A small model, and torch.compile without Inductor; the list holds the options of each call."""
     compile_, calls = torch.compile, []
     monkeypatch.setitem(MODELS, "vit-nano", SMALL)
     monkeypatch.setattr(torch, "compile", lambda function, *, mode, **options: (
@@ -1865,7 +1868,7 @@ def test_ratios_are_of_pairs_and_agree_with_images_per_second():
 
 
 def test_the_interval_of_a_median():
-    """Two of the sorted ratios; for 20 the 6th and the 15th, between which a median lies with 95.9 % probability."""
+    """Two of the sorted ratios: of 20 the 6th and the 15th, between which the median lies in 95.9 % of cases."""
     random = seeded(0)
     for n, first, covers in ((20, 5, 0.959), (10, 1, 0.979), (6, 0, 0.969), (3, 0, 0.75)):
         seconds = torch.rand(2000, n, generator=random).double() + 0.5  # their median is 1
@@ -1961,7 +1964,7 @@ def test_bench_flags_have_their_effect(monkeypatch):
 
 
 def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
-    """One peer is not installed and one fails. JSON holds what is printed. Contestants take turns in random order."""
+    """One peer is not installed, one fails. JSON holds what is printed. Turns are in random order."""
     turns, timing = [], bench.Contestant.time
 
     def time_(one, device):
@@ -2128,7 +2131,7 @@ def test_swin_is_torchvisions_with_a_pe_in_each_stage():
 
 
 def commands(text):
-    """-> program, train or bench, and arguments of each command of a text: after a ` or at the start of a line."""
+    """-> program, train or bench, and arguments of each command, after a ` or at the start of a line."""
     found = re.findall(r"(?:^ *|`)(?:python|torchrun) (?:[^`\n]* )?(train|bench)\.py([^`#\n]*)",
                        text.replace("\\\n", " "), re.M)
     return [(program, *arguments.split()) for program, arguments in found]
