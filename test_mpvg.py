@@ -1014,11 +1014,6 @@ def test_a_run_leaves_its_record(trained):
         ".lock", "best.pt", "config.json", "last.pt", "log.jsonl"]
 
 
-def assignments(values):
-    """-> text for --recipe."""
-    return ",".join(f"{name}={value}" for name, value in values.items())
-
-
 def plain_loop(recipe, method, data, seed):
     """What `train.py` must do without augmentation, written out on its own. -> model, losses, accuracies."""
     torch.manual_seed(seed)
@@ -1059,7 +1054,8 @@ def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
     changes = dict(epochs=3, batch_size=48, lr=0.004, lr_per=lr_per, min_lr=1e-3, warmup_lr=2e-3, warmup_epochs=0.6,
                    cooldown_epochs=1, weight_decay=2, label_smoothing=0.3, crop_scale=1, flip=0, ra_ops=0, mixup=0,
                    cutmix=0, erase=0)
-    ok(cli(f"--data {data} --model vit-nano --method {method} --seed {seed} --recipe {assignments(changes)}"))
+    recipe = ",".join(f"{name}={value}" for name, value in changes.items())
+    ok(cli(f"--data {data} --model vit-nano --method {method} --seed {seed} --recipe {recipe}"))
     folder, recipe = tmp_path / f"{method}-vit-nano-{data}-seed{seed}", train.DATASETS[data].recipe
     model, losses, accuracies = plain_loop(replace(recipe, **changes), method, data, seed)
     assert [line["loss"] for line in log_of(folder)] == approx(losses, rel=1e-5)
@@ -1089,16 +1085,14 @@ def test_flags_give_a_method_and_a_name(files, flags, name, overrides):
     assert train.run_folder(dict(name=None, runs=Path("r")), config) == Path("r", name)
 
 
-@pytest.mark.parametrize("flags, warmup_epochs, cooldown_epochs, lr_per, lr", [
-    ("--data cifar100", 10, 10, "epoch", 6e-4),
-    ("--data cifar100 --epochs 15", 1.5, 1, "step", 6e-4),
-    ("--data cifar100 --epochs 1", 0.1, 0, "step", 6e-4),
-    ("--data imagenet --epochs 20 --batch-size 512", 2, 0, "step", 5e-4)])
-def test_a_short_run_warms_up_by_the_step_and_imagenets_lr_follows_the_batch(
-        files, flags, warmup_epochs, cooldown_epochs, lr_per, lr):
-    config = configure("--device cpu --data-dir", files, flags)
-    assert [config[name] for name in ("warmup_epochs", "cooldown_epochs", "lr_per", "lr")] == [
-        warmup_epochs, cooldown_epochs, lr_per, lr]
+@pytest.mark.parametrize("flags, expected", [
+    ("--data cifar100", dict(warmup_epochs=10, cooldown_epochs=10, lr_per="epoch")),
+    ("--data cifar100 --epochs 15", dict(warmup_epochs=1.5, cooldown_epochs=1, lr_per="step")),
+    ("--data cifar100 --epochs 1", dict(warmup_epochs=0.1, cooldown_epochs=0, lr_per="step")),
+    ("--data imagenet --epochs 20", dict(warmup_epochs=2, cooldown_epochs=0, lr_per="step")),
+    ("--data imagenet --batch-size 512", dict(warmup_epochs=5, lr=5e-4))])
+def test_a_short_run_warms_up_by_the_step_and_imagenets_lr_follows_the_batch(files, flags, expected):
+    assert expected.items() <= configure("--device cpu --data-dir", files, flags).items()
 
 
 def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
@@ -1110,7 +1104,7 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
 
     def trained_with(**change):
         """-> the configuration of a small model's run, and some of its weights."""
-        recipe = assignments(dict(epochs=3, batch_size=50) | change)
+        recipe = ",".join(f"{name}={value}" for name, value in (dict(epochs=3, batch_size=50) | change).items())
         ok(cli("--data cifar100 --model vit-nano --method mpvg:depth=2:dim=32:heads=2 --name run --overwrite",
                f"--recipe {recipe}"))
         saved = load(tmp_path / "run")
