@@ -58,8 +58,10 @@ for _name in ("numbers", "cifar100"):  # every run in this process uses them
 
 def argv(*arguments):
     """-> a command line's words: text is split as a shell splits it, a path is not."""
-    return [word for argument in arguments
-            for word in ([str(argument)] if isinstance(argument, Path) else shlex.split(argument))]
+    words = []
+    for argument in arguments:
+        words += [str(argument)] if isinstance(argument, Path) else shlex.split(argument)
+    return words
 
 
 def run_cli(main, *arguments):
@@ -2143,7 +2145,7 @@ def test_the_commands_of_the_texts_are_accepted(files, tmp_path, monkeypatch):
     for program, *arguments in chain(*given):
         begin.reset_mock()
         ok(run_cli(dict(train=train, bench=bench)[program].main,
-                   *[str(files) if word in ("DIR", "digits") else word for word in arguments]))
+                   *[files if word in ("DIR", "digits") else word for word in arguments]))
         assert begin.called, arguments
     assert sum(map(len, given)) > 40 and min(map(len, given)) > 2
 
