@@ -1752,12 +1752,11 @@ def test_an_accelerator_computes_what_the_cpu_does(accelerator):
 
 
 @pytest.mark.parametrize("precision, rel", [("fp32", 1e-3), ("bf16", 1e-2)])
-def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(accelerator, tmp_path, monkeypatch,
-                                                                               precision, rel):
+def test_on_an_accelerator_losses_are_the_same_compiled_as_a_graph_and_resumed(
+        accelerator, cli, tmp_path, monkeypatch, precision, rel):
     def losses(name, *flags, code=0):
-        result = run_cli(
-            train.main, "--data cifar100 --model vit-nano --epochs 3 --batch-size 40 --lr 0.01",
-            f"--precision {precision} --device {accelerator} --name {name} --runs", tmp_path, *flags)
+        result = cli(f"--data cifar100 --model vit-nano --epochs 3 --batch-size 40 --lr 0.01 --name {name}",
+                     f"--precision {precision} --device {accelerator}", *flags)
         assert result.code == code, result.err
         return [line["loss"] for line in log_of(tmp_path / name)]
 
