@@ -525,12 +525,14 @@ def test_load_weights_runs_no_code(tmp_path, capsys):
 def test_load_weights_resizes_the_pe(method, old, new, untold):
     source = tiny(method, image_size=(4 * old[0], 4 * old[1])).state_dict()
     model = tiny(method, seed=5, image_size=(4 * new[0], 4 * new[1]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     says = f"a PE of {math.prod(old)} patches (class tokens: {int(method == 'default')}) fits"
     with raises(f"{says} 0 of the grids [(3, 3)]: load_weights needs old_grid"):
         load_weights(model, source, old_grid=(3, 3))
     if untold:
         with raises(untold):
             load_weights(model, source)
+    assert_identical(dict(model.state_dict()), before)  # nothing was loaded
     load_weights(model, source, old_grid=None if old == (2, 2) else old)  # a square needs no telling
     for name in {"pos_embed", "last_pos_embed"} & source.keys():
         expected = resize_pos_embed(source[name], old, new, prefix=int("cls_token" in source))
@@ -1009,6 +1011,8 @@ def test_a_run_leaves_its_record(trained):
     assert config["method"] == "mpvg" and config["images"] == 200
     assert config["environment"]["torch"] == torch.__version__ and config["environment"]["device"] == "cpu"
     for words in ("mpvg: vit-nano with 570,852 parameters", "200 training images, 40 test images", f"writes {folder}",
+                  "\nepoch     loss   test %         lr ",
+                  "\n    3 {loss:>8.4f} {test_accuracy:>8.2f} {lr:>10.2e} ".format(**log[-1]),
                   f"test accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch",
                   f"next, tables and figures: python train.py report {folder}"):
         assert words in out
@@ -1261,7 +1265,8 @@ def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp
     assert_identical([whole["model"], whole["optimizer"]], [killed["model"], killed["optimizer"]])
     clock = dict(seconds=0, images_per_second=0)
     assert [line | clock for line in whole["log"]] == [line | clock for line in killed["log"]]
-    assert not [*(tmp_path / "killed").glob("*.tmp")]
+    clocks = [line["seconds"] for line in killed["log"]]
+    assert clocks == sorted(clocks) and not [*(tmp_path / "killed").glob("*.tmp")]
 
 
 def test_resume_starts_finishes_and_refuses_other_flags(cli, tmp_path):
