@@ -5,8 +5,7 @@
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
 Each round times the machine's limits (a large copy, a matrix product), then all contestants of a table in random
-order. A slowdown of the machine affects all of a round alike and cancels in its ratios; their median is reported. From
-top to bottom: models, contestants, tables, command line.
+order. A slowdown of the machine affects all of a round alike and cancels in its ratios; their median is reported.
 """
 import ctypes
 import itertools
@@ -33,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mpvg import METHODS, MODELS, ViT, fold
-from train import choose_device, default_precision, environment, flag, make_train_step, parameter_groups
+from train import choose_device, default_precision, environment, flag, make_train_step, parameter_groups, refuse
 
 TABLES = ("inference-eager", "inference-compiled", "training-eager", "training-compiled")
 QUICK = dict(model="vit-nano", methods="default,gap,mpvg", peers="torchvision", tables=",".join(TABLES[:3]), rounds=10)
@@ -264,7 +263,7 @@ def words(option, text, known):
     chosen = list(dict.fromkeys(word.strip() for word in text.split(","))) if text != "all" else [*known]
     for word in chosen:
         if word not in known:
-            raise typer.BadParameter(f"unknown {word!r}: choose from {', '.join(known)}", param_hint=option)
+            refuse(option, f"unknown {word!r}: choose from {', '.join(known)}")
     return chosen
 
 
@@ -305,14 +304,14 @@ def bench(
     images/s     the plain method's median times x plain, so that the two columns agree; likewise ms
     MiB, comp    peak memory; seconds of compilation, few if torch finds the graph in its disk cache
     """
-    names = words("--methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
-    tables, peers = words("--tables", tables, TABLES), [] if peers == "none" else words("--peers", peers, PACKAGES)
+    names = words("methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
+    tables, peers = words("tables", tables, TABLES), [] if peers == "none" else words("peers", peers, PACKAGES)
     if any("training" in table for table in tables) and all(name.endswith("-folded") for name in names):
-        raise typer.BadParameter("folded models do not train: add a method", param_hint="--methods")
+        refuse("methods", "folded models do not train: add a method")
     device = choose_device(device)
     dtype = dtype or default_precision(device)
     if mode in GRAPH_MODES and device.type != "cuda":
-        raise typer.BadParameter(f"{mode} uses CUDA graphs, which {device} does not have", param_hint="--mode")
+        refuse("mode", f"{mode} uses CUDA graphs, which {device} does not have")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":   # page faults slow contestants down at random
         for option, value in ((-1, -1), (-4, 0)):                    # M_TRIM_THRESHOLD, M_MMAP_MAX: keep freed memory
             ctypes.CDLL(None).mallopt(option, value)
