@@ -1018,14 +1018,16 @@ def train_command(
 
 def train_run(flags, config, folder, device):
     """Trains one run; each process calls it."""
-    shared = [None]                                                  # the checkpoint to resume from
+    checkpoint = None
     if RANK == 0:
-        _lock, shared[0] = open_run(folder, flags["resume"], flags["overwrite"])  # locked until train_run returns
+        _lock, checkpoint = open_run(folder, flags["resume"], flags["overwrite"])  # locked until this function returns
     if WORLD_SIZE > 1:                                               # the others may be on machines without the file
+        shared = [checkpoint]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
-    checkpoint = shared[0]
-    for turn in range(3):                                            # one process, one per machine, the rest
-        if turn == (RANK > 0) + (LOCAL_RANK > 0):
+        checkpoint = shared[0]
+    my_turn = (RANK > 0) + (LOCAL_RANK > 0)                          # turns: one process, one per machine, the rest
+    for turn in range(3):
+        if turn == my_turn:
             data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
                     for split in ("train", "test")}
         sum_over_processes(0)                                        # the others wait
