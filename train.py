@@ -889,30 +889,31 @@ def configure(flags):
     method, overrides = choose_method(flags)
     changes = parse_assignments("recipe", flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
     changes |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
-    if dataset.load and flags["image_size"] not in (None, dataset.image_size):
-        refuse("image-size", f"{data} has images of {dataset.image_size}x{dataset.image_size}")
     try:
         recipe = recipe_for(data, **changes)
-        config = dict(
-            data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides,
-            seed=flags["seed"], **dataclasses.asdict(recipe),
-            image_size=flags["image_size"] or dataset.image_size,
-            num_classes=dataset.num_classes or count_classes(Path(flags["data_dir"])),
-            fraction=flags["fraction"], init=str(flags["init"]) if flags["init"] else None, freeze=flags["freeze"],
-            precision=flags["precision"] or default_precision(device),
-            compile=flags["compile"] or ("on" if cuda else "off"))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if recipe.batch_size % (WORLD_SIZE * (1 + recipe.mixes)) or recipe.batch_size // WORLD_SIZE % flags["accumulate"]:
+        refuse("batch-size", f"{recipe.batch_size} must be divisible by processes ({WORLD_SIZE}) x accumulate "
+               f"({flags['accumulate']})" + ", and by processes x 2, as images are mixed in pairs" * recipe.mixes)
+    if dataset.load and flags["image_size"] not in (None, dataset.image_size):
+        refuse("image-size", f"{data} has images of {dataset.image_size}x{dataset.image_size}")
+    if flags["compile"] == "graphs" and (not cuda or WORLD_SIZE > 1):
+        refuse("compile", "graphs needs CUDA and one process: use on, or off")
+    if flags["freeze"] and not flags["init"]:
+        refuse("freeze", "it needs --init, since it trains only the head")
+    config = dict(
+        data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
+        **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
+        num_classes=dataset.num_classes or count_classes(Path(flags["data_dir"])), fraction=flags["fraction"],
+        init=str(flags["init"]) if flags["init"] else None, freeze=flags["freeze"],
+        precision=flags["precision"] or default_precision(device),
+        compile=flags["compile"] or ("on" if cuda else "off"))
+    try:
         with torch.device("meta"):                                   # shapes without memory
             build_model(config)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    batch, accumulate = recipe.batch_size, flags["accumulate"]
-    if batch % (WORLD_SIZE * accumulate) or recipe.mixes and batch % (WORLD_SIZE * 2):
-        refuse("batch-size", f"{batch} must be divisible by processes ({WORLD_SIZE}) x accumulate ({accumulate})"
-               + ", and by processes x 2, as images are mixed in pairs" * recipe.mixes)
-    if config["compile"] == "graphs" and (not cuda or WORLD_SIZE > 1):
-        refuse("compile", "graphs needs CUDA and one process: use on, or off")
-    if flags["freeze"] and not flags["init"]:
-        refuse("freeze", "it needs --init, since it trains only the head")
     return config
 
 
