@@ -335,11 +335,13 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
-# Pillow's arithmetic for uint8 images (B, 3, H, W). Each image has its own parameters, (B, 1, 1, 1).
+# Pillow's arithmetic for uint8 images (B, 3, H, W). Each image has its own parameters: magnitudes and choices are
+# (B, 1, 1, 1), boxes (B, 4).
 
 def interpolate(x, u, v, bicubic):
     """x at (u, v), places from -1 to 1 that broadcast to (B, 1, H, W). bicubic: False for bilinear."""
-    grid = torch.stack(torch.broadcast_tensors(u, v), dim=-1)[:, 0]  # (B, H, W, 2)
+    u, v, _ = torch.broadcast_tensors(u, v, bicubic)
+    grid = torch.stack([u, v], dim=-1)[:, 0]                         # (B, H, W, 2)
     cubic, linear = (F.grid_sample(x.float(), grid, mode, "border", align_corners=False)
                      for mode in ("bicubic", "bilinear"))
     return torch.where(bicubic, cubic, linear).clamp(0, 255)
@@ -356,7 +358,7 @@ def warp(x, bicubic, fill, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
 
 
 def crop_boxes(x, box, bicubic):
-    """Each image's box (top, left, height, width, in pixels), enlarged to the whole image, a square."""
+    """Each image's box (top, left, height, width, in pixels), enlarged to the whole image, which is square."""
     start, size = box.view(-1, 2, 2, 1).unbind(1)                    # (B, 2, 1) each, for rows and columns
     side = x.shape[3]
     place = (torch.arange(side, device=x.device) + 0.5) / side * size    # in the box, by row and column
@@ -372,12 +374,12 @@ def blend(base, x, m):
 
 
 # RandAugment `rand-m9-mstd0.5-inc1` of timm. x: square images; m: the magnitude with a random sign, -10 to 10
-# (some operations ignore the sign); warp: the function above with `bicubic` and `fill` given.
+# (some operations ignore the sign); affine: warp() with `bicubic` and `fill` given.
 OPERATIONS = {
     "AutoContrast": lambda x, m, _: v2.autocontrast(x),
     "Equalize": lambda x, m, _: v2.equalize(x),
     "Invert": lambda x, m, _: 255 - x,
-    "Rotate": lambda x, m, warp: warp(x, a=(t := (3 * m).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
+    "Rotate": lambda x, m, affine: affine(x, a=(t := (3 * m).deg2rad()).cos(), b=-t.sin(), d=t.sin(), e=t.cos()),
     "Posterize": lambda x, m, _: x & (-1 << (4 + (0.4 * m.abs()).int())).to(torch.uint8),
     "Solarize": lambda x, m, _: torch.where(x < 256 - (25.6 * m.abs()).int(), x, 255 - x),
     "SolarizeAdd": lambda x, m, _: (x + (x < 128) * (11 * m.abs()).int()).clamp(max=255).to(torch.uint8),
@@ -385,10 +387,10 @@ OPERATIONS = {
     "Contrast": lambda x, m, _: blend(v2.rgb_to_grayscale(x).float().mean((2, 3), keepdim=True).round(), x, m),
     "Brightness": lambda x, m, _: blend(torch.zeros_like(x), x, m),
     "Sharpness": lambda x, m, _: blend(v2.adjust_sharpness(x, 0), x, m),  # 0: smoothed
-    "ShearX": lambda x, m, warp: warp(x, b=0.03 * m, c=0.03 * m),
-    "ShearY": lambda x, m, warp: warp(x, d=0.03 * m, f=0.03 * m),
-    "TranslateX": lambda x, m, warp: warp(x, c=0.09 * m),
-    "TranslateY": lambda x, m, warp: warp(x, f=0.09 * m),
+    "ShearX": lambda x, m, affine: affine(x, b=0.03 * m, c=0.03 * m),
+    "ShearY": lambda x, m, affine: affine(x, d=0.03 * m, f=0.03 * m),
+    "TranslateX": lambda x, m, affine: affine(x, c=0.09 * m),
+    "TranslateY": lambda x, m, affine: affine(x, f=0.09 * m),
 }
 
 
@@ -398,14 +400,15 @@ def draw_boxes(count, side, area, max_ratio, whole):
     side: of the images; area: least and greatest share of the image, uniform; max_ratio: of a box's sides,
     log-uniform, either may be longer; whole: may a box be as long as the image.
     """
-    u = torch.rand(4, 10, count)
-    pixels = side * side * (area[0] + (area[1] - area[0]) * u[0])
-    ratio = max_ratio ** (2 * u[1] - 1)
+    u_area, u_ratio, *u_start = torch.rand(4, 10, count)
+    pixels = side * side * (area[0] + (area[1] - area[0]) * u_area)
+    ratio = max_ratio ** (2 * u_ratio - 1)
     size = torch.stack([pixels * ratio, pixels / ratio]).sqrt().round()  # heights and widths, (2, 10, count)
-    start = ((side - size + 1) * u[2:]).floor()
+    start = ((side - size + 1) * torch.stack(u_start)).floor()       # tops and lefts
     fits = (size < side + whole).all(0)
+    boxes = torch.cat([start, size]) * fits                          # (4, 10, count)
     first = fits.int().argmax(0)                                     # 0 where none fits: zeros
-    return (torch.cat([start, size]) * fits)[:, first, torch.arange(count)].T
+    return boxes[:, first, torch.arange(count)].T                    # (count, 4)
 
 
 def box_mask(box, side):
@@ -432,25 +435,27 @@ def draw_augmentation(count, side, recipe):
 
 
 def draw_mixing(steps, side, recipe):
-    """-> (steps, side, side): how much of its own an image keeps: mixup's lambda, or 0 in CutMix's box."""
-    boxed = torch.rand(steps, 1, 1) < (0.5 if recipe.mixup and recipe.cutmix else float(recipe.cutmix > 0))
+    """-> (steps, side, side): how much of its own pixels an image keeps: mixup's lambda, or 0 in CutMix's box."""
+    is_cutmix = torch.rand(steps, 1, 1) < (0.5 if recipe.mixup and recipe.cutmix else float(recipe.cutmix > 0))
     lam_cut, lam_mix = (torch.distributions.Beta(alpha, alpha).sample((steps, 1))
                         for alpha in (recipe.cutmix or 1.0, recipe.mixup or 1.0))
     half = (side / 2 * (1 - lam_cut).sqrt()).floor()                 # an odd side loses a pixel, as in timm
     middle = (torch.rand(steps, 2) * side).floor()
     low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=side)
     outside = ~box_mask(torch.cat([low, high - low], dim=1), side)
-    return torch.where(boxed, outside.float(), lam_mix[..., None])
+    return torch.where(is_cutmix, outside.float(), lam_mix[..., None])
 
 
 def augment(x, draws, recipe, fill):
     """uint8 (B, 3, H, W) -> the same: crop, flip, RandAugment. `fill` (3,): colour of empty places."""
-    on_device = {name: to_device(draw, x.device)[..., None, None, None] for name, draw in draws.items()}
+    def drawn(name):
+        return to_device(draws[name], x.device)[..., None, None, None]
+
     if recipe.crop_scale < 1:
-        x = crop_boxes(x, on_device["crop"], on_device["crop_bicubic"])
-    x = torch.where(on_device["flip"], x.flip(3), x)
+        x = crop_boxes(x, to_device(draws["crop"], x.device), drawn("crop_bicubic"))
+    x = torch.where(drawn("flip"), x.flip(3), x)
     for turn, chosen in enumerate(draws["operation"].T):             # chosen (B,): numbers of operations
-        m, bicubic = on_device["magnitude"][:, turn], on_device["bicubic"][:, turn]
+        m, bicubic = drawn("magnitude")[:, turn], drawn("bicubic")[:, turn]
         for number, operation in enumerate(OPERATIONS.values()):     # each once, on all of its images
             rows = to_device((chosen == number).nonzero()[:, 0], x.device)
             if len(rows):
@@ -476,7 +481,7 @@ def erase_boxes(x, box, seed):
 
 
 def mix(x, keep):
-    """keep * x + (1 - keep) * neighbour; 2k and 2k + 1 are neighbours. x: (S, B, ...), keep: (S, 1, ...)."""
+    """keep * x + (1 - keep) * neighbour; images 2k and 2k + 1 are neighbours. x: (S, B, ...), keep: (S, 1, ...)."""
     return torch.lerp(x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2), x, keep)
 
 
@@ -520,9 +525,9 @@ def epoch_order(recipe, count, seed, epoch):
 def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
     """Yields each step's images (B, 3, H, W) and targets: this process's share, B = batch_size / world_size.
 
-    The order is drawn from (seed, epoch), augmentation and mixing from the seed of their chunk's first step,
-    for whole batches, of which each process takes its columns. So a resumed run repeats them, with any number
-    of processes. Only the noise of random erasing is drawn by each process for itself.
+    The order is drawn from (seed, epoch). Augmentation and mixing are drawn for whole batches, from the seed of
+    their chunk's first step; each process takes its columns. So neither resuming nor the number of processes
+    changes them. Only the noise of random erasing is drawn by each process for itself.
     """
     size, side, classes = recipe.batch_size, config["image_size"], config["num_classes"]
     order, seeds = epoch_order(recipe, len(data), config["seed"], epoch)
@@ -535,8 +540,9 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # no crop's seed, even in a CPU's 32 bits
-        yield from zip(*prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed))
+        noise_seed = seed + 2**31 + rank                             # unlike the crops' seeds, also in a CPU's 32 bits
+        images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
+        yield from zip(images, targets)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -765,7 +771,10 @@ def load_checkpoint(path):
 
 
 def open_run(folder, resume, overwrite):
-    """Creates a run's folder. -> its lock, which holds until it is closed; the checkpoint to resume from, or None."""
+    """Creates a run's folder and locks it against other processes, until the lock is closed or this process ends.
+
+    -> the lock, and the checkpoint to resume from or None.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock, checkpoint = open(folder / ".lock", "w"), None
     try:
@@ -787,7 +796,7 @@ def open_run(folder, resume, overwrite):
 
 # -------------------------------------------------------------------------------------------------------- command line
 
-# --pe, --pool and --mpvg -> the same as --method
+# (--pe, --pool, --mpvg) -> the equivalent --method
 METHOD_OF_FLAGS = {
     ("absolute", "cls", False): "default", ("absolute", "gap", False): "gap", ("absolute", "gap", True): "gap-last-pe",
     ("layerwise", "cls", False): "lape", ("layerwise", "gap", False): "pvg", ("layerwise", "gap", True): "mpvg",
@@ -893,9 +902,10 @@ def configure(flags):
         recipe = recipe_for(data, **changes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if recipe.batch_size % (WORLD_SIZE * (1 + recipe.mixes)) or recipe.batch_size // WORLD_SIZE % flags["accumulate"]:
-        refuse("batch-size", f"{recipe.batch_size} must be divisible by processes ({WORLD_SIZE}) x accumulate "
-               f"({flags['accumulate']})" + ", and by processes x 2, as images are mixed in pairs" * recipe.mixes)
+    batch, accumulate = recipe.batch_size, flags["accumulate"]
+    if batch % (WORLD_SIZE * accumulate) or recipe.mixes and batch % (WORLD_SIZE * 2):
+        refuse("batch-size", f"{batch} must be divisible by processes ({WORLD_SIZE}) x accumulate ({accumulate})"
+               + ", and by processes x 2, as images are mixed in pairs" * recipe.mixes)
     if dataset.load and flags["image_size"] not in (None, dataset.image_size):
         refuse("image-size", f"{data} has images of {dataset.image_size}x{dataset.image_size}")
     if flags["compile"] == "graphs" and (not cuda or WORLD_SIZE > 1):
@@ -994,7 +1004,7 @@ def train_command(
       python train.py --pe layerwise --pool gap --mpvg
       python train.py --data cifar100 --method lape --epochs 20 --recipe mixup=0
     """
-    flags = locals()
+    flags = dict(locals())
     if ctx.invoked_subcommand:
         if WORLD_SIZE > 1 or any(ctx.get_parameter_source(key).name != "DEFAULT" for key in ctx.params):
             raise typer.BadParameter(f"write the flags after {ctx.invoked_subcommand}, and start it without torchrun")
@@ -1428,74 +1438,82 @@ def shuffle_patches(images, size, generator):
     return F.fold(patches.gather(2, order[:, None].expand_as(patches)), images.shape[2:], size, stride=size)
 
 
-def read_index(fit, test):
-    """-> a list: in % for each place, how many tokens' index, 0 to N - 1, a linear map reads from their features.
+@torch.no_grad()
+def measure(model, batches):
+    """Measures what the paper plots of a trained model. batches: a list of normalised images (B, 3, H, W) and labels.
 
-    fit, test: batches of features, (places, B, N, D), to fit the map to and to test it on.
-    The map is a ridge regression of the one-hot index on centred features, its strength 0.001 of their mean variance.
+    -> tokens: LN_l(x_l) of each block and LN(x_L), averaged over images, (L + 1, N, D).
+    pe: a list, what is added to each of them, (N, D) or None.
+    A dict: correlation, Pearson's, of each such pair (Figure 4); beta and gamma, the last norm's; offset, see
+    last_norm_offset; variances of beta and offset; cosine, of an image's mean token before and after the last norm,
+    averaged over images (the paper's appendix).
+    """
+    tokens, cosines = 0, []
+    for images, _ in batches:
+        inputs, outputs, _ = watch_norms(model, images)
+        tokens = tokens + torch.stack([output.sum(0) for output in outputs])
+        cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
+    tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
+    delivered = model.delivered_pe()
+    pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu()
+          for e in (*delivered, model.last_norm_pe(delivered))]
+    correlation = [None if e is None or e.min() == e.max() else      # undefined for a constant PE
+                   np.corrcoef(t.flatten(), e.flatten())[0, 1].item() for t, e in zip(tokens, pe)]
+    beta, offset = model.norm.bias, last_norm_offset(model)
+    return tokens, pe, dict(
+        correlation=correlation, cosine=torch.cat(cosines).mean().item(), beta=beta.tolist(),
+        gamma=model.norm.weight.tolist(), offset=offset.tolist(), beta_variance=beta.var().item(),
+        offset_variance=offset.var().item())
+
+
+def read_index(to_fit, to_test):
+    """-> for each layer, the percentage of tokens whose index, 0 to N - 1, a linear map predicts from their features.
+
+    to_fit, to_test: batches of features, (layers, B, N, D). The map is a ridge regression of the one-hot index on
+    centred features, its strength 0.001 of their mean variance.
     """
     count, sums, moments = 0, 0, 0
-    for x in fit:
+    for x in to_fit:
         count, sums = count + x.shape[1], sums + x.sum(1)
         moments = moments + x.flatten(1, 2).mT @ x.flatten(1, 2)
-    means = sums / count                                             # of the tokens with an index, (places, N, D)
+    means = sums / count                                             # of the tokens with an index, (layers, N, D)
     centre = means.mean(1, keepdim=True)
     covariance = moments / (count * means.shape[1]) - centre.mT @ centre
     diagonal = covariance.diagonal(dim1=1, dim2=2)                   # the features' variances, a view
     diagonal += 1e-3 * diagonal.mean(1, keepdim=True)                # the ridge
-    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (places, D, N): N times the regression's
+    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (layers, D, N): N times the regression's
     correct = []
-    for x in test:
-        scores = (x - centre[:, None]) @ weights[:, None]            # (places, B, N, N)
+    for x in to_test:
+        scores = (x - centre[:, None]) @ weights[:, None]            # (layers, B, N, N)
         correct.append(scores.argmax(3) == torch.arange(x.shape[2]))
     return (100 * torch.cat(correct, 1).double().mean((1, 2))).tolist()
 
 
 @torch.no_grad()
-def measure(model, batches):
-    """Measures a trained model on batches, a list of normalised images (B, 3, H, W) and labels (B,).
+def measure_position(model, batches):
+    """Measures where a model holds position. batches: a list of normalised images (B, 3, H, W) and labels (B,).
 
-    -> tokens: LN_l(x_l) of each block and LN(x_L), averaged over images, (L + 1, N, D).
-    pe: a list, what is added to each of them, (N, D) or None.
-    A dict:
-    correlation: Pearson's, of each such pair (Figure 4).
-    cosine: of an image's mean token before and after the last norm, averaged over images (appendix).
-    beta, gamma: the last norm's; offset: see last_norm_offset.
-    ordered, shuffled: accuracy on the images, and with each image's patches shuffled, %.
-    stream: read_index of the patch tokens of x_l, the input of block 0, 1, ..., fitted to every second
-    image and tested on the others. normed: the same of LN_l(x_l), the output of each block's first norm,
-    and of LN(x_L). attention: the same of LN_l(x_l) + e_l; None where there is no e_l.
+    -> a dict, all in %. ordered, shuffled: accuracy on the images, and with each image's patches shuffled.
+    The others: read_index of the patch tokens, fitted to every second image and tested on the others.
+    stream: of x_l, the input of block 0, 1, ...; normed: of LN_l(x_l), the output of each block's first norm, and of
+    LN(x_L); attention: of LN_l(x_l) + e_l, None where there is no e_l.
     """
     delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
-    tokens, cosines, correct, generator = 0, [], [], torch.Generator().manual_seed(0)
-    for images, labels in batches:
-        inputs, outputs, logits = watch_norms(model, images)
-        tokens = tokens + torch.stack(outputs).sum(1)
-        cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
-        shuffled = model(shuffle_patches(images, model.patch_embed.proj.kernel_size, generator))
-        correct.append(torch.stack([logits, shuffled]).argmax(2) == labels)
-    cosines = torch.cat(cosines)
-    tokens = (tokens / len(cosines)).cpu()
-    pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu()
-          for e in (*delivered, model.last_norm_pe(delivered))]
-    correlation = [None if e is None or e.min() == e.max() else      # undefined for a constant PE
-                   np.corrcoef(t.flatten(), e.flatten())[0, 1].item() for t, e in zip(tokens, pe)]
-    ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
-    beta, offset = model.norm.bias, last_norm_offset(model)
 
-    def features(images):                                            # (places, B, N, D), without the class token
+    def features(images):                                            # (layers, B, N, D), without the class token
         inputs, outputs, _ = watch_norms(model, images)
-        attention = [y + e for y, e in zip(outputs, delivered) if e is not None]
+        attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
         return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double()
 
-    shares = read_index(fit=(features(images[::2]) for images, _ in batches),
-                        test=(features(images[1::2]) for images, _ in batches if len(images) > 1))
-    attention = iter(shares[2 * depth + 1:])
-    return tokens, pe, dict(
-        correlation=correlation, cosine=cosines.mean().item(), beta=beta.tolist(), gamma=model.norm.weight.tolist(),
-        offset=offset.tolist(), beta_variance=beta.var().item(), offset_variance=offset.var().item(),
-        stream=shares[:depth], normed=shares[depth:2 * depth + 1], ordered=ordered, shuffled=shuffled,
-        attention=[None if e is None else next(attention) for e in delivered], images=len(cosines))
+    shares = read_index((features(images[::2]) for images, _ in batches),
+                        (features(images[1::2]) for images, _ in batches))
+    correct, generator = [], torch.Generator().manual_seed(0)
+    for images, labels in batches:
+        shuffled_images = shuffle_patches(images, model.patch_embed.proj.kernel_size, generator)
+        correct.append(torch.stack([model(images), model(shuffled_images)]).argmax(2) == labels)
+    ordered, shuffled = (100 * torch.cat(correct, 1).cpu().double().mean(1)).tolist()
+    return dict(stream=shares[:depth], normed=shares[depth:-depth], ordered=ordered, shuffled=shuffled,
+                attention=[None if e is None else share for share, e in zip(shares[-depth:], delivered)])
 
 
 def measure_run(run, count, data_dir, device):
@@ -1510,7 +1528,9 @@ def measure_run(run, count, data_dir, device):
                for images, labels in data.test_batches(0, every, 50)]
     tokens, pe, values = measure(model, batches)
     torch.manual_seed(run.config["seed"])                            # the model before training
-    values["offset_before"] = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
+    before = [] if run.config["init"] else last_norm_offset(build_model(run.config)).tolist()
+    values |= measure_position(model, batches) | dict(
+        offset_before=before, images=sum(len(labels) for _, labels in batches))
     save(run.folder / "mechanism.json", (json.dumps(values) + "\n").encode())
     run.mechanism.update(values)
     return tokens, pe
