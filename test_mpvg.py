@@ -2197,9 +2197,12 @@ def test_names_and_numbers_of_the_texts():
     last = [log_of(ROOT / f"results/numbers/mpvg-vit-nano-numbers-seed{seed}")[-1] for seed in range(3)]
     reached = "{:.2f}, {:.2f} and {:.2f}".format(*(line["test_accuracy"] for line in last))
     assert f"seeds 0 to 2 reached {reached} % test accuracy" in " ".join(README.split())
+    notes = [row[1:] for row in rows_of((ROOT / "results/bench-notes.md").read_text())]
     for path in ROOT.glob("results/bench/*.json"):
-        for item in read_json(path)["tables"].items():
-            assert bench.as_text(*item) in path.with_suffix(".txt").read_text(), path
+        tables = read_json(path)["tables"]
+        assert all(bench.as_text(*item) in path.with_suffix(".txt").read_text() for item in tables.items()), path
+        assert ["{:.3f} ({:.3f}-{:.3f})".format(*row["speed_to_plain"]) for table in tables.values()
+                for row in table["rows"] if row["name"] == "mpvg"] in notes, path
 
 
 def test_the_tables_of_runs_are_what_report_prints(tmp_path):
