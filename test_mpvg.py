@@ -1131,11 +1131,13 @@ def test_cuda_gets_tf32_and_no_attention_of_cudnn(monkeypatch):
         monkeypatch.setattr(torch.accelerator, name, Mock(return_value=value))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precision := Mock())
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn := Mock())
-    assert train.choose_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setattr(train, "LOCAL_RANK", 1)  # torchrun's second process
+    for name, index in (("cuda:0", 0), ("cuda", 1), ("auto", 1)):
+        assert train.choose_device(name) == torch.device("cuda", index)
     assert precision.call_args.args == ("high",) and cudnn.call_args.args == (False,)
 
 
-def test_defaults_follow_the_device(monkeypatch):
+def test_defaults_follow_the_device(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(major=7 + gpu.index))
     for device, *expected in (
             ("cpu", "numbers", "fp32", "off"), ("mps", "cifar100", "fp32", "off"),
@@ -1143,6 +1145,10 @@ def test_defaults_follow_the_device(monkeypatch):
         monkeypatch.setattr(train, "choose_device", lambda _, device=device: torch.device(device))
         config = configure()
         assert [config[name] for name in ("data", "precision", "compile")] == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two training processes share this machine's cores
+    for device, cores, workers in (("cpu", 8, 0), ("cuda", 8, 4), ("cuda", 80, 16)):
+        monkeypatch.setattr(os, "cpu_count", Mock(return_value=cores))
+        assert train.load_split(FILES, "test", files, torch.device(device)).workers == workers
 
 
 def test_accumulate_splits_the_batch(cli, monkeypatch):
@@ -1392,6 +1398,7 @@ def test_a_run_is_the_same_with_one_process_two_or_two_then_one(files, cli, tmp_
     ("train --batch-size 401", "--batch-size: 401 is more than the 200 training images"),
     ("train --recipe warmup_epochs=6", "Invalid value: warmup_epochs and cooldown_epochs leave none of the 6 epochs"),
     ("train --recipe mixpu=1", "--recipe: 'mixpu=1' is not NAME=VALUE; NAME is one of epochs, batch_size, lr"),
+    ("train --epochs 3 --recipe epochs=5", "--recipe: epochs is also given by its own flag: leave one out"),
     ("train --recipe mixup=1e-300", "Invalid value: mixup and cutmix are 0 or at least 0.01"),
     ("train --recipe batch_size=true", "Invalid value: batch_size=True is not of type int"),
     ("train --recipe erase=NaN", "Invalid value: erase=nan must be between 0 and 1"),
@@ -1720,6 +1727,9 @@ def test_a_real_sweep_side_by_side(files, tmp_path, monkeypatch):
     assert result.code == 1 and f"error: 1 of 2 runs failed: {names[1]}" in result.err  # only this one started
     assert f"failed, see {tmp_path / names[1]}.txt" in result.out and "| gap" in (tmp_path / "sweep.md").read_text()
     assert "2 of 2 runs failed" in sweep(*flags, "--precision bf16").err  # other flags: both started
+    assert "12 of 12 runs failed" in sweep("--runs", tmp_path).err  # by default four methods, three seeds
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    one_line(sweep(), "start it without torchrun")
 
 
 def test_ctrl_c_ends_a_sweep(tmp_path, monkeypatch):

@@ -897,9 +897,11 @@ def configure(flags):
     dataset = DATASETS[data]
     method, overrides = choose_method(flags)
     changes = parse_assignments("recipe", flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
-    changes |= {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
+    given = {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
+    if twice := given.keys() & changes.keys():
+        refuse("recipe", f"{min(twice)} is also given by its own flag: leave one out")
     try:
-        recipe = recipe_for(data, **changes)
+        recipe = recipe_for(data, **changes | given)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     batch, accumulate = recipe.batch_size, flags["accumulate"]
@@ -1268,7 +1270,7 @@ by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
 Differences are paired by seed; +- is half of the confidence interval of that level. Verdicts are on
-the sign, for this model and this many epochs. They need four seeds; read them once, when all planned
+the sign, for the setting above only. They need four seeds; read them once, when all planned
 seeds are done. The interaction, (lape-gap - gap) - (lape - default), is tested at 5 % by itself.
 lape - default, lape-gap - gap, mpvg - pvg and mpvg - default share 5 % by Holm's procedure, even if
 some of them are missing: once one is inconclusive, so are all with a larger p-value. The last column
