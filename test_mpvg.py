@@ -2213,6 +2213,18 @@ def test_names_and_numbers_of_the_texts():
         assert all(bench.as_text(*item) in path.with_suffix(".txt").read_text() for item in tables.items()), path
         assert ["{:.3f} ({:.3f}-{:.3f})".format(*row["speed_to_plain"]) for table in tables.values()
                 for row in table["rows"] if row["name"] == "mpvg"] in notes, path
+    for model in ("deit", "vit", ""):  # over the rounds of several runs
+        pooled = []
+        for kind in ("inference", "training"):
+            tables = [table["rows"] for path in sorted(ROOT.glob(f"results/bench/{model}*.json"))
+                      for name, table in read_json(path)["tables"].items() if name.startswith(kind)]
+            mpvg_, gap = (timed(name, [second for rows in tables for row in rows if row["name"] == name
+                                       for second in row["seconds"]]) for name in ("mpvg", "gap"))
+            pooled.append("{:.3f} ({:.3f}-{:.3f})".format(*bench.speed(mpvg_, gap)))
+        assert [str(len(gap.seconds)), *pooled] in notes, model
+        if model == "deit":
+            shown = "its median is {} at inference and {} in training".format(*pooled).replace("-", " to ")
+            assert shown in " ".join(README.split())
 
 
 def test_the_tables_of_runs_are_what_report_prints(tmp_path):
