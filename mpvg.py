@@ -43,7 +43,7 @@ METHODS = {
     "pvg":         dict(pe="layerwise", pool="gap", layer0=False, hierarchical=True, add_input=True),
     "mpvg":        dict(pe="layerwise", pool="gap", layer0=False, hierarchical=True, add_input=True, last_pe=0),
     "gap-last-pe": dict(pe="absolute", pool="gap", last_pe=0),  # Figure 5b: the last PE without a layer-wise PE
-    # Two controls of ours: how much of MPVG's gain remains if the last offset knows nothing of position?
+    # Two controls of ours: how much of MPVG's gain remains if the last offset does not use pos_0?
     "mpvg-shift":  dict(pe="layerwise", pool="gap", layer0=False, hierarchical=True, add_input=True, last_pe="shift"),
     "mpvg-free":   dict(pe="layerwise", pool="gap", layer0=False, hierarchical=True, add_input=True, last_pe="free"),
 }
@@ -123,7 +123,7 @@ class ViT(nn.Module):
         init: "deit", or "vit-lite": Kaiming-normal patch convolution, class token starts at 0.
         attn_drop: dropout of attention probabilities.
         drop_path: stochastic depth, the last block's rate; it rises linearly from 0 in block 0.
-        pe_init, pe_std: "learned", from a truncated normal of that standard deviation, or "sincos", fixed.
+        pe_init, pe_std: "learned", from a truncated normal of that standard deviation, or "sincos", not trained.
 
     Method (METHODS has the paper's combinations):
         pe: "absolute", added to the tokens once; "layerwise", delivered to the blocks' attention (see layer0); "none".
@@ -216,7 +216,7 @@ class ViT(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # from here on, N includes it
         if self.add_input:
             x = x + self.pos_embed
-        # Under GAP x still has the convolution's memory layout (slow) and, where pos_0 is not added, autocast's bf16.
+        # Without a class token x is still transposed (slow), and under autocast still bf16 if no pos_0 was added.
         x = x.to(self.norm.weight.dtype).contiguous()
         for block, e in zip(self.blocks, delivered):
             x = block(x, e)
@@ -357,7 +357,7 @@ def extend_plain(model, state):
     """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
     if model.cls_token is not None or not model.add_input:
         raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
-    plain = not any("pe_norm" in name for name in state)  # else a new norm at 0 would hide pos_0 from trained ones
+    plain = not any("pe_norm" in name for name in state)  # else a trained norm may get a new one's 0, not pos_0
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
            if name.startswith(("pe_norm", "last_shift")) or plain and "pe_norm" in name}
     state = new | state
@@ -371,7 +371,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
 
     A PE of another grid is resized; old_grid, (h, w) in patches, is needed where it is neither square nor the model's.
     new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
-    gap, pvg or mpvg: PE norms that are missing start at gamma = beta = 0, so that the model starts as `gap`; a class
+    gap, pvg or mpvg: their new PE norms start at weight = bias = 0, so that the model starts as `gap`; a class
     token and its PE row are dropped. Raises ValueError and loads nothing where names, the PE's grid or shapes differ.
     """
     checkpoint = read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source

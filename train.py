@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -195,7 +194,7 @@ class ArrayData:
         return len(self.labels)
 
     def chunks(self, order, seeds, columns):
-        """Yields (seed, images (S, B, 3, H, W), labels (S, B)) for S steps at a time, augmented in one call.
+        """Yields (seed, images (S, B, 3, H, W), labels (S, B)), S steps at a time, for one call of prepare().
 
         order: indices, (steps, batch size); seeds: one per step; columns: this process's part of each batch, a slice.
         """
@@ -540,7 +539,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # unlike the crops' seeds, also in a CPU's 32 bits
+        noise_seed = seed + 2**31 + rank                             # no crop has it, even if a CPU cuts it to 32 bits
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -590,18 +589,12 @@ def make_train_step(net, optimizer, label_smoothing=0.0, precision="fp32", accum
 
 
 def compile_now(train_step, optimizer, example):
-    """Compiles by taking three steps, on a side stream as graph capture requires, and clears the optimizer's state.
+    """Compiles by taking three steps, and clears the optimizer's state.
 
     The optimizer must be new, with lr 0: then the steps leave the weights alone.
     """
-    stream = torch.cuda.Stream() if example[0].is_cuda else None
-    if stream:
-        stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream) if stream else nullcontext():
-        for _ in range(3):
-            train_step(*example)
-    if stream:
-        torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        train_step(*example)
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
@@ -672,7 +665,8 @@ def set_up(config, recipe, model, test_data, device, accumulate, checkpoint):
         targets = torch.zeros(len(images), config["num_classes"]) if recipe.mixes else torch.zeros(len(images)).long()
         example = images.to(device), targets.to(device)
         evaluate(net, test_data, config, device)                     # compiles it; a failure here costs no epoch
-        compile_now(train_step, optimizer, example)
+        with torch.cuda.stream(torch.cuda.Stream() if graphs else None):  # capture() needs steps on a side stream first
+            compile_now(train_step, optimizer, example)
         print_main(f"compiled in {time.perf_counter() - start:.0f} s, including one pass over the test images")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -836,7 +830,7 @@ def parse_assignments(option, text, separator, names):
 
 
 def choose_device(name):
-    """-> torch.device of --device; sets what CUDA may use. Does not initialise it: a sweep would hold GPU memory."""
+    """-> torch.device of --device; sets what CUDA may use. A sweep calls it, so it must not initialise CUDA."""
     accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
@@ -848,7 +842,7 @@ def choose_device(name):
         torch.set_float32_matmul_precision("high")                   # TF32 where the precision is fp32
         torch.backends.cuda.enable_cudnn_sdp(False)                  # cuDNN's attention may round dropout to sixteenths
     if device.type != "cpu" and (device.type != accelerator or (device.index or 0) >= torch.accelerator.device_count()):
-        refuse("device", f"{device} is not available on this machine: choose cpu, or leave it out")
+        refuse("device", f"{device} is not available on this machine: choose another, or start fewer processes")
     return device
 
 
@@ -1124,7 +1118,7 @@ def sweep(
     for seed, method in itertools.product(range(seeds), methods.replace(" ", "").split(",")):
         flags = common.params | dict(method=method, seed=seed, precision=precision or "fp32")
         config = configure(flags)                                    # finds mistakes early
-        if not precision:                                            # each run asks its GPU; see choose_device
+        if not precision:                                            # each run chooses by its GPU
             del config["precision"]
         command = [sys.executable, __file__, *ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
         planned[run_folder(flags, config)] = config, command
@@ -1416,15 +1410,14 @@ def evaluate_command(
 
 
 def watch_norms(model, images):
-    """-> inputs and outputs, (B, N, D), of each block's first norm and of the last norm, x_l and LN_l(x_l); logits."""
+    """-> inputs and outputs, (B, N, D), of each block's first norm and of the last norm: x_l and LN_l(x_l)."""
     seen = []
     hooks = [norm.register_forward_hook(lambda norm, inputs, output: seen.append((*inputs, output)))
              for norm in (*(block.norm1 for block in model.blocks), model.norm)]
-    logits = model(images)
+    model(images)
     for hook in hooks:
         hook.remove()
-    inputs, outputs = zip(*seen)
-    return inputs, outputs, logits
+    return zip(*seen)
 
 
 def last_norm_offset(model):
@@ -1452,7 +1445,7 @@ def measure(model, batches):
     """
     tokens, cosines = 0, []
     for images, _ in batches:
-        inputs, outputs, _ = watch_norms(model, images)
+        inputs, outputs = watch_norms(model, images)
         tokens = tokens + torch.stack([output.sum(0) for output in outputs])
         cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
@@ -1483,7 +1476,7 @@ def read_index(to_fit, to_test):
     covariance = moments / (count * means.shape[1]) - centre.mT @ centre
     diagonal = covariance.diagonal(dim1=1, dim2=2)                   # the features' variances, a view
     diagonal += 1e-3 * diagonal.mean(1, keepdim=True)                # the ridge
-    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (layers, D, N): N times the regression's
+    weights = torch.linalg.solve(covariance, (means - centre).mT)    # (layers, D, N), up to a factor
     correct = []
     for x in to_test:
         scores = (x - centre[:, None]) @ weights[:, None]            # (layers, B, N, N)
@@ -1503,7 +1496,7 @@ def measure_position(model, batches):
     delivered, depth, patches = model.delivered_pe(), len(model.blocks), math.prod(model.grid)
 
     def features(images):                                            # (layers, B, N, D), without the class token
-        inputs, outputs, _ = watch_norms(model, images)
+        inputs, outputs = watch_norms(model, images)
         attention = [y if e is None else y + e for y, e in zip(outputs, delivered)]
         return torch.stack([*inputs[:-1], *outputs, *attention])[:, :, -patches:].cpu().double()
 
@@ -1657,7 +1650,7 @@ def report(
         try:
             tokens, pe = measure_run(run, images, data_dir, device)
             heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
-        except (OSError, SystemExit) as error:
+        except (OSError, SystemExit, torch.OutOfMemoryError) as error:
             typer.echo(f"note: {run.folder} was not measured again ({last_line(error)})", err=True)
     measured = by_setting(run for run in runs if "stream" in run.mechanism)
     for title, by_method in settings.items():
@@ -1690,9 +1683,10 @@ def main():
         app()
     except RuntimeError as error:
         if "out of memory" in str(error) or "allocate memory" in str(error):         # CUDA's words, the CPU's
-            raise SystemExit("error: out of memory: raise --accumulate, or lower --batch-size or --jobs") from None
+            raise SystemExit("error: out of memory: in training raise --accumulate or lower --batch-size, in a sweep "
+                             "lower --jobs") from None
         if "DataLoader worker" in str(error):
-            raise SystemExit("error: a worker was killed, perhaps for lack of memory: lower --workers") from None
+            raise SystemExit(f"error: {error}: lower --workers; 0 needs no shared memory") from None
         if "C++ compiler" in str(error) or "C compiler" in str(error):                # inductor's words, Triton's
             raise SystemExit("error: torch.compile needs a C++ compiler: install g++, or use --compile off") from None
         raise
