@@ -24,7 +24,7 @@ from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as in train.py
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silence the profiler
-os.environ.setdefault("TORCHINDUCTOR_CUDAGRAPH_OR_ERROR", "1")  # torch raises where it would skip them
+os.environ.setdefault("TORCHINDUCTOR_CUDAGRAPH_OR_ERROR", "1")  # raise instead of skipping CUDA graphs
 
 import torch
 import typer
@@ -107,7 +107,7 @@ def make_contestant(name, table, batches, setup):
     torch.manual_seed(0)
     model, pool = build(name, setup.sizes)
     model = model.to(setup.device, torch.float32 if training else setup.dtype)
-    model.train(training).requires_grad_(training)                   # without gradients, inference records no graph
+    model.train(training).requires_grad_(training)                   # inference keeps nothing for a backward pass
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, decay_pe=False), fused=True) if training else None
 
     def forward(images):
@@ -140,7 +140,7 @@ def look_inside(call, held, device):
     """-> (held + peak bytes that a call allocates, name of torch's attention kernel), None where unknown."""
     cuda, prefix = device.type == "cuda", "aten::_scaled_dot_product_"
     if cuda:
-        held -= torch.cuda.memory_allocated(device)                  # which CUDA's peak includes
+        held -= torch.cuda.memory_allocated(device)                  # the peak below includes it
         torch.cuda.reset_peak_memory_stats(device)
     with torch.autograd.profiler.profile(profile_memory=True) as trace:
         call()
@@ -205,9 +205,9 @@ def count_work(sizes, pool, training, batch, itemsize):
         model = ViT(**{**sizes, **METHODS[PLAIN[pool]]})
         images = torch.empty(batch, 3, sizes["image_size"], sizes["image_size"])
         model(images).sum().backward() if training else model(images)
-    parameters = sum(p.numel() for p in model.parameters())
-    h = sizes["mlp_ratio"]
-    per_token = (1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 1 + 1)  # of qkv, attention, proj, fc1, fc2: read + written
+    parameters, h = sum(p.numel() for p in model.parameters()), sizes["mlp_ratio"]
+    x = 4 / itemsize if training else 1                              # the residual stream is float32 under autocast
+    per_token = (x + 3) + (3 + 1) + (1 + 2 * x) + (x + h) + (h + 2 * x)  # qkv, attention, proj, fc1, fc2: in + out
     values = int(batch * model.pos_embed.numel() * sizes["depth"] * per_token)
     moved = (4 if training else itemsize) * (parameters + images.numel()) + itemsize * values
     return counter.get_total_flops(), (3 * moved + 7 * 4 * parameters) if training else moved

@@ -1124,7 +1124,7 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
         assert not torch.equal(weights, standard_weights), name
 
 
-def test_cuda_gets_tf32_and_no_attention_of_cudnn(monkeypatch):
+def test_cuda_gets_tf32_and_in_training_no_attention_of_cudnn(monkeypatch):
     """cuDNN's may round dropout: results/fidelity.md."""
     two_gpus = dict(is_available=True, current_accelerator=torch.device("cuda"), device_count=2)
     for name, value in two_gpus.items():
@@ -1134,7 +1134,11 @@ def test_cuda_gets_tf32_and_no_attention_of_cudnn(monkeypatch):
     monkeypatch.setattr(train, "LOCAL_RANK", 1)  # torchrun's second process
     for name, index in (("cuda:0", 0), ("cuda", 1), ("auto", 1)):
         assert train.choose_device(name) == torch.device("cuda", index)
-    assert precision.call_args.args == ("high",) and cudnn.call_args.args == (False,)
+    assert precision.call_args.args == ("high",) and not cudnn.called
+    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    monkeypatch.setattr(train, "train_run", train_run := Mock())
+    ok(run_cli(train.main, "--device cuda --precision fp32"))
+    assert train_run.called and cudnn.call_args.args == (False,)
 
 
 def test_defaults_follow_the_device(files, monkeypatch):
@@ -1828,8 +1832,9 @@ def test_flops_and_bytes_are_those_of_the_closed_formulas(model, pool):
     once = P + batch * 3 * side * side
     values = batch * N * L * D * ((1 + 3) + (3 + 1) + (2 + 1) + (1 + h) + (h + 2))
     assert bench.count_work(c, pool, False, batch, 2) == (batch * flops, 2 * (once + values))
-    training = 3 * flops - embed  # images need no gradient
-    assert bench.count_work(c, pool, True, batch, 2) == (batch * training, 3 * (4 * once + 2 * values) + 7 * 4 * P)
+    training, stream = 3 * flops - embed, 6 * batch * N * L * D  # images need no gradient; the stream is float32
+    moved = 4 * once + 2 * (values + stream)
+    assert bench.count_work(c, pool, True, batch, 2) == (batch * training, 3 * moved + 7 * 4 * P)
 
 
 def timed(name, seconds, work=0):

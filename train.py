@@ -830,7 +830,7 @@ def parse_assignments(option, text, separator, names):
 
 
 def choose_device(name):
-    """-> torch.device of --device; sets what CUDA may use. A sweep calls it, so it must not initialise CUDA."""
+    """-> torch.device of --device; allows TF32. A sweep calls it, so it must not initialise CUDA."""
     accelerator = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(accelerator if name == "auto" else name)
@@ -840,7 +840,6 @@ def choose_device(name):
         device = torch.device("cuda", LOCAL_RANK)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                   # TF32 where the precision is fp32
-        torch.backends.cuda.enable_cudnn_sdp(False)                  # cuDNN's attention may round dropout to sixteenths
     if device.type != "cpu" and (device.type != accelerator or (device.index or 0) >= torch.accelerator.device_count()):
         refuse("device", f"{device} is not available on this machine: choose another, or start fewer processes")
     return device
@@ -1011,6 +1010,7 @@ def train_command(
     folder = run_folder(flags, config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)                  # cuDNN's attention may round dropout to sixteenths
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
