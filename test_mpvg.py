@@ -1447,7 +1447,8 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
 @pytest.mark.parametrize("program, where, error, says", [
     (train, "train_run", "CUDA out of memory. Tried", "out of memory: in training raise --accumulate or lower"),
     (train, "train_run", "DefaultCPUAllocator: can't allocate memory: you", "out of memory: in training raise"),
-    (train, "train_run", "DataLoader worker (pid 7) is killed", "DataLoader worker (pid 7) is killed: lower --workers"),
+    (train, "train_run", "DataLoader worker (pid 7) is killed by signal: Killed. ", "DataLoader worker (pid 7) is "
+     "killed by signal: Killed: in training lower --workers"),
     (train, "train_run", "No working C++ compiler", "torch.compile needs a C++ compiler: install g++, or use"),
     (train, "train_run", "Failed to find C compiler. Please specify", "torch.compile needs a C++ compiler"),
     (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),

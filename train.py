@@ -1686,7 +1686,7 @@ def main():
             raise SystemExit("error: out of memory: in training raise --accumulate or lower --batch-size, in a sweep "
                              "lower --jobs") from None
         if "DataLoader worker" in str(error):
-            raise SystemExit(f"error: {error}: lower --workers; 0 needs no shared memory") from None
+            raise SystemExit(f"error: {str(error).rstrip('. ')}: in training lower --workers (0: none)") from None
         if "C++ compiler" in str(error) or "C compiler" in str(error):                # inductor's words, Triton's
             raise SystemExit("error: torch.compile needs a C++ compiler: install g++, or use --compile off") from None
         raise
