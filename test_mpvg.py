@@ -305,7 +305,6 @@ def test_other_libraries_vits_have_our_size_and_with_our_weights_our_logits(name
     x = images(2, (32, 32))
     logits = randomise(peer)(x)
     assert_same(peer.train()(x), logits)  # without dropout
-    assert getattr(logits, "logits", logits).shape == (2, 100)
     if "timm" in name or (name == "torchvision" and qkv_bias):  # the very same model
         state = peer.state_dict()
         for their_name, our_name in TORCHVISIONS.items():
@@ -324,7 +323,6 @@ def test_facts_1_and_2_every_pe_term_can_be_stored_the_last_one_in_the_heads_bia
             assert_same(net(x), logits, msg=str(toggles))
         assert not folded.training and not any("pe_norm" in name or "last_" in name or p.requires_grad
                                                for name, p in folded.named_parameters())
-        assert sum(isinstance(m, torch.nn.LayerNorm) for m in folded.modules()) == 2 * 3 + 1
         assert [*model.state_dict()] == names and all(p.requires_grad for p in model.parameters())  # as it was
 
 
@@ -377,13 +375,12 @@ def test_compiled_equals_eager(method):
     assert_close(second, first, rtol=1e-5, atol=1e-5)
 
 
-def test_export_for_any_batch_size_and_compilation_of_a_folded_model():
+def test_export_for_any_batch_size():
+    """Strict: as torch.compile with fullgraph=True, it refuses a graph break."""
     batch = torch.export.Dim("batch", min=1, max=64)
     for net in (tiny("lape"), fold(tiny("mpvg"))):  # a class token is expanded to the batch
         exported = torch.export.export(net, (images(2),), dynamic_shapes=({0: batch},), strict=True).module()
         assert_same(exported(images(5)), net(images(5)))
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")  # the folded one
-    assert_same(compiled(images()), tiny("mpvg")(images()))
 
 
 @pytest.mark.parametrize("silent", ["attn.proj", "mlp.fc2"])
@@ -888,15 +885,10 @@ def test_evaluate_pads_the_last_batch(files):
     assert found["test_loss"] == approx(F.cross_entropy(logits, y).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["files", "arrays"])
-def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
-    """One process, two and three get the same images, bit for bit, without erasing's noise."""
-    if kind == "files":
-        recipe, config, (training, test) = train.DATASETS["imagenet"].recipe, FILES, load_files(files).values()
-    else:
-        recipe, config = CIFAR, ARRAYS
-        training, test = (train.ArrayData(*make_numbers(count, 1)) for count in (50, 40))
-    batches = partial(train.train_batches, training, replace(recipe, batch_size=12, erase=0.0), config, 2)
+def test_how_a_batch_is_shared_out_changes_nothing():
+    """One process, two and three get the same images, bit for bit, without erasing's noise. Files: with torchrun."""
+    training, test = (train.ArrayData(*make_numbers(count, 1)) for count in (50, 40))
+    batches = partial(train.train_batches, training, replace(CIFAR, batch_size=12, erase=0.0), ARRAYS, 2)
     whole = [*batches()]
     assert len(whole) == 4 and whole[0][0].shape == (12, 3, 32, 32) and whole[0][1].shape[0] == 12
     for world_size in (2, 3):
@@ -1075,25 +1067,20 @@ def configure(*flags):
 
 
 @pytest.mark.parametrize("flags, name, overrides", [
-    ("", "mpvg-vit-nano-numbers-seed0", {}),
     ("--pe none --seed 7", "gap-pe=none-vit-nano-numbers-seed7", {"pe": "none"}),
     ("--pe none --pool cls", "default-pe=none-vit-nano-numbers-seed0", {"pe": "none"}),
-    ("--method mpvg:last_pe=2", "mpvg-last_pe=2-vit-nano-numbers-seed0", {"last_pe": 2}),
     ("--method mpvg:last_pe=None", "mpvg-last_pe=None-vit-nano-numbers-seed0", {"last_pe": None}),
     ("--method mpvg:layer0=true:hierarchical=false", "mpvg-layer0=True-hierarchical=False-vit-nano-numbers-seed0",
      {"layer0": True, "hierarchical": False}),
-    ("--method gap:pe_std=1.0 --data cifar100", "gap-pe_std=1-vit-lite-cifar100-seed0", {"pe_std": 1}),
-    ("--data imagenet --model deit-small", "mpvg-deit-small-imagenet-seed0", {})])
-def test_flags_give_a_method_and_a_name(files, flags, name, overrides):
-    config = configure("--device cpu --data-dir", files, flags)
+    ("--method gap:pe_std=1.0 --data cifar100", "gap-pe_std=1-vit-lite-cifar100-seed0", {"pe_std": 1})])
+def test_flags_give_a_method_and_a_name(flags, name, overrides):
+    config = configure("--device cpu", flags)
     assert config["overrides"] == overrides
     assert train.run_folder(dict(name=None, runs=Path("r")), config) == Path("r", name)
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("--data cifar100", dict(warmup_epochs=10, cooldown_epochs=10, lr_per="epoch")),
     ("--data cifar100 --epochs 15", dict(warmup_epochs=1.5, cooldown_epochs=1, lr_per="step")),
-    ("--data cifar100 --epochs 1", dict(warmup_epochs=0.1, cooldown_epochs=0, lr_per="step")),
     ("--data imagenet --epochs 20", dict(warmup_epochs=2, cooldown_epochs=0, lr_per="step")),
     ("--data imagenet --batch-size 512", dict(warmup_epochs=5, lr=5e-4))])
 def test_a_short_run_warms_up_by_the_step_and_imagenets_lr_follows_the_batch(files, flags, expected):
@@ -1194,7 +1181,6 @@ def test_init_and_freeze(cli, trained, tmp_path):
         moved = load(tmp_path / data)["model"]
         assert torch.equal(moved["pos_embed"], weights["pos_embed"])
         assert not torch.equal(moved["head.weight"], weights["head.weight"])
-        assert moved["head.weight"].shape == (100, 128)
 
 
 def test_init_from_a_plain_vits_weights(cli, tmp_path):
@@ -1422,7 +1408,6 @@ def test_a_run_is_the_same_with_one_process_two_or_two_then_one(files, cli, tmp_
     ("sweep --methods mpvg,rope", "unknown method 'rope'"),
     ("sweep --methods mpvg, lape", "unexpected extra argument"),
     ("sweep --overwrite", "--overwrite: sweep sets it"),
-    ("sweep --surplus 1", "--surplus"),
     ("bench --methods gap,mpgv", "--methods: unknown 'mpgv': choose from default"),
     ("bench --methods mpvg-folded", "--methods: folded models do not train"),
     ("bench --peers timn", "--peers: unknown 'timn': choose from torchvision"),
@@ -1520,7 +1505,7 @@ def test_the_table_of_finished_runs(tmp_path):
     result = ok(report(tmp_path, *folders))
     for left_out in ("e", "other"):
         assert f"note: {tmp_path / left_out} is left out: it holds no finished run" in result.err
-    assert rows_of(result.out) == rows_of(RESULTS)
+    assert rows_of(result.out) == rows_of(RESULTS)  # a contrast of three seeds: its level is of four claims, no verdict
     assert max(map(len, result.out.splitlines())) <= 110
     result = ok(report(tmp_path, *folders, tmp_path / "figures", "--base mpvg"))
     assert "figures is left out" not in result.err  # RUNS/* holds the figures, too
@@ -1566,8 +1551,6 @@ def test_contrasts(tmp_path):
     for method, seed in product(("default", "lape"), range(3)):  # the paper has no numbers
         write_run(tmp_path / "numbers" / f"{method}{seed}", [50.0 + seed], data="numbers", method=method, seed=seed)
     assert "Contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
-    few = rows_of(report(tmp_path, *tmp_path.glob("default[0-2]"), *tmp_path.glob("lape[0-2]")).out)
-    assert few[-2][3:5] == ["level %", "paper"] and few[-1][1:4:2] == ["3", "98.75"]  # corrected for four; no verdict
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
@@ -1926,13 +1909,12 @@ def test_inference_has_weights_of_the_dtype_and_training_has_autocast_and_an_opt
     expected = torch.float32 if training else dtype
     batches = torch.randn(3, 4, 3, 32, 32, dtype=expected), torch.arange(12).view(3, 4) % 5
     setup = SimpleNamespace(device=CPU, dtype=dtype, precision=precision, sizes=None)
-    one = bench.make_contestant("gap", table, [*zip(*batches)], setup)
+    bench.make_contestant("gap", table, [*zip(*batches)], setup)
     assert {call[1:] for call in seen} == {(expected, training, training and dtype == torch.bfloat16)}
     places = [call[0] for call in seen]
     assert len(set(places[:3])) == 3 and places[3:] == places[:-3]  # batches in turn
     assert model.head.weight.dtype == expected and model.head.weight.grad is None
     assert torch.equal(model.head.weight, start.to(expected)) != training
-    assert one.facts["compile_seconds"] is None
 
 
 def test_a_peer_with_a_broken_graph_is_left_out_and_no_timing_contains_compilation(monkeypatch, quick):
@@ -2009,7 +1991,6 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
     assert tables == [bench.as_text(*item) for item in saved["tables"].items()]
     assert verdict.replace("\n", " ") == saved["verdict"] and saved["verdict"].startswith("mpvg's speed relative to ")
     assert max(map(len, done.out.splitlines())) <= 100 and "USDT" not in capfd.readouterr().err  # torch's profiler
-    assert list(saved["tables"]) == ["training-eager", "inference-compiled"]
     for name, table in saved["tables"].items():
         training = name == "training-eager"  # folded models do not train
         assert [row["name"] for row in table["rows"]] == (names[:3] if training else names)
