@@ -878,10 +878,16 @@ def test_evaluate_pads_the_last_batch(files):
     assert found["test_loss"] == approx(F.cross_entropy(logits, y).item(), rel=1e-5)
 
 
-def test_how_a_batch_is_shared_out_changes_nothing():
-    """One process, two and three get the same images, bit for bit, without erasing's noise. Files: with torchrun."""
-    training, test = (train.ArrayData(*make_numbers(count, 1)) for count in (50, 40))
-    batches = partial(train.train_batches, training, replace(CIFAR, batch_size=12, erase=0.0), ARRAYS, 2)
+@pytest.mark.parametrize("kind", ["files", "arrays"])
+def test_how_a_batch_is_shared_out_changes_nothing(files, kind):
+    """One process, two and three get the same images, bit for bit, without erasing's noise."""
+    if kind == "files":
+        recipe, config = train.DATASETS["imagenet"].recipe, FILES
+        training, test = (train.load_split(FILES, split, files, CPU) for split in ("train", "test"))
+    else:
+        recipe, config = CIFAR, ARRAYS
+        training, test = (train.ArrayData(*make_numbers(count, 1)) for count in (50, 40))
+    batches = partial(train.train_batches, training, replace(recipe, batch_size=12, erase=0.0), config, 2)
     whole = [*batches()]
     assert len(whole) == 4 and whole[0][0].shape == (12, 3, 32, 32) and whole[0][1].shape[0] == 12
     for world_size in (2, 3):
@@ -1496,7 +1502,8 @@ def test_the_table_of_finished_runs(tmp_path):
     result = ok(report(tmp_path, *folders))
     for left_out in ("e", "other"):
         assert f"note: {tmp_path / left_out} is left out: it holds no finished run" in result.err
-    assert rows_of(result.out) == rows_of(RESULTS)  # a contrast of three seeds: its level is of four claims, no verdict
+    # Its contrast has three seeds: the level is corrected for four claims, and there is no verdict.
+    assert rows_of(result.out) == rows_of(RESULTS)
     assert max(map(len, result.out.splitlines())) <= 110
     result = ok(report(tmp_path, *folders, tmp_path / "figures", "--base mpvg"))
     assert "figures is left out" not in result.err  # RUNS/* holds the figures, too
@@ -1539,9 +1546,10 @@ def test_contrasts(tmp_path):
         for seed, accuracy in enumerate(accuracies):
             write_run(tmp_path / f"{method}{seed}", [70.0 + seed + accuracy], method=method, seed=seed)
     assert rows_of(report(tmp_path, *sorted(tmp_path.glob("*/"))).out)[-7:] == rows_of(CONTRASTS)
-    for method, seed in product(("default", "lape"), range(3)):  # the paper has no numbers
-        write_run(tmp_path / "numbers" / f"{method}{seed}", [50.0 + seed], data="numbers", method=method, seed=seed)
-    assert "Contrasts" not in report(tmp_path, *(tmp_path / "numbers").glob("*")).out
+    for name, other in dict(numbers=dict(data="numbers"), tuned=dict(init="plain")).items():  # not in the paper
+        for method, seed in product(("default", "lape"), range(3)):
+            write_run(tmp_path / name / f"{method}{seed}", [50.0 + seed], method=method, seed=seed, **other)
+        assert "Contrasts" not in report(tmp_path, *(tmp_path / name).glob("*")).out
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])

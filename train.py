@@ -267,7 +267,7 @@ class FolderData(Dataset):
 
     def read_batches(self, plan):
         """Yields uint8 images (B, 3, size, size) and labels (B,) for each list of (index, seed) in the plan."""
-        # Forked workers share the list of samples. Python 3.14's default on Linux sends each a copy, which takes seconds.
+        # Forked workers share the list of samples. Python 3.14's default on Linux copies it to each, every epoch.
         context = "fork" if self.workers and sys.platform == "linux" else None
         loader = DataLoader(self, batch_sampler=plan, num_workers=self.workers, pin_memory=self.device.type == "cuda",
                             multiprocessing_context=context,
