@@ -61,7 +61,7 @@ MODELS["vit-lite-mini"] = MODELS["vit-lite"] | dict(dim=96)  # for experiments o
 
 
 def stochastic_depth(x, drop_path, training):
-    """Drops a branch, (B, N, D), for each sample with probability `drop_path` and scales the others up to match."""
+    """Zeroes a branch, (B, N, D), for each sample with probability p = `drop_path`; divides the others by 1 - p."""
     if drop_path > 0 and training:
         keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - drop_path)
         x = x * (keep / (1 - drop_path))
@@ -123,15 +123,16 @@ class ViT(nn.Module):
         init: "deit", or "vit-lite": Kaiming-normal patch convolution, class token starts at 0.
         attn_drop: dropout of attention probabilities.
         drop_path: stochastic depth, the last block's rate; it rises linearly from 0 in block 0.
-        pe_init, pe_std: "learned", from a truncated normal of that standard deviation, or "sincos", not trained.
+        pe_init, pe_std: "learned", from a normal of that standard deviation cut at +-2 (1 becomes 0.88), or "sincos",
+            not trained.
 
     Method (METHODS has the paper's combinations):
         pe: "absolute", added to the tokens once; "layerwise", delivered to the blocks' attention (see layer0); "none".
         pool: "cls", class token; "gap", mean over the tokens after the last norm.
         last_pe: what is added to the last norm's output (GAP only). None: nothing. 0: LN'(pos_0), MPVG. n >= 1: LN' of
             the e_n that block n is given (Table 5). "shift": a learned vector. "free": LN' of a second learned table.
-        layer0, hierarchical, add_input: a layer-wise PE's structure (Table 6): is it delivered to block 0 as well; is
-            e_l made from e_{l-1} or always from pos_0; is pos_0 also added to the tokens before block 0.
+        layer0, hierarchical, add_input: a layer-wise PE's structure (Table 6): whether it is delivered to block 0 as
+            well; whether e_l is made from e_{l-1} or always from pos_0; whether pos_0 is also added to the tokens.
 
     Raises ValueError for an invalid option or combination and says what to use instead.
     """
@@ -247,10 +248,10 @@ def check_options(*, image_size, patch_size, in_channels, num_classes, dim, dept
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive whole number")
     for name, value in dict(mlp_ratio=mlp_ratio, norm_eps=norm_eps, pe_std=pe_std).items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} is not a positive number")
     for name, value in dict(attn_drop=attn_drop, drop_path=drop_path).items():
-        if type(value) not in (int, float) or not 0 <= value < 1:
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"{name}={value!r} is not in [0, 1)")
     for name, value in dict(qkv_bias=qkv_bias, layer0=layer0, hierarchical=hierarchical, add_input=add_input).items():
         if type(value) is not bool:
@@ -315,7 +316,7 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
 
     old_grid, new_grid: (h, w) in patches; if they are equal the table is unchanged. prefix: rows before the grid that
     stay as they are (1 for a class token). old_grid=None: new_grid or a square, whichever has the table's number of
-    patches. Raises ValueError where neither has it, or both, and where old_grid has another.
+    patches. Raises ValueError unless exactly one of them fits, or if old_grid does not.
     """
     patches = pos_embed.shape[1] - prefix
     side = math.isqrt(patches)
@@ -369,7 +370,8 @@ def extend_plain(model, state):
 def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=False):
     """Loads a checkpoint, a path or a state dict (DeiT's, timm's and LaPE's fit), into the model and returns the model.
 
-    A PE of another grid is resized; old_grid, (h, w) in patches, is needed where it is neither square nor the model's.
+    A PE of another grid is resized; old_grid, (h, w) in patches, is needed unless exactly one of a square and the
+    model's grid fits the table.
     new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
     gap, pvg or mpvg: their new PE norms start at weight = bias = 0, so that the model starts as `gap`; a class
     token and its PE row are dropped. Raises ValueError and loads nothing where names, the PE's grid or shapes differ.

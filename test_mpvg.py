@@ -236,6 +236,8 @@ def test_presets_are_the_recipes():
                "vit-nano": dict(deit, heads=4, drop_path=0), "vit-lite": lite, "vit-lite-mini": lite}
     own = {name: ViT.__init__.__kwdefaults__ | row for name, row in MODELS.items()}
     assert {name: {key: row[key] for key in deit} for name, row in own.items()} == presets
+    norms = [module for module in create("vit-lite", "mpvg").modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-5}
 
 
 PRINTED = """\
@@ -324,6 +326,7 @@ def test_facts_1_and_2_every_pe_term_can_be_stored_the_last_one_in_the_heads_bia
         assert not folded.training and not any("pe_norm" in name or "last_" in name or p.requires_grad
                                                for name, p in folded.named_parameters())
         assert [*model.state_dict()] == names and all(p.requires_grad for p in model.parameters())  # as it was
+        assert folded.half()(x.half()).dtype == torch.half
 
 
 def test_fact_3_two_offsets_learn_the_same_as_one_at_twice_the_learning_rate():
@@ -396,11 +399,13 @@ def test_drop_path_drops_a_branch_of_some_images_and_scales_it_for_the_others(si
     assert_close(found[~dropped], branch[~dropped] / 0.75)
 
 
-def test_attention_dropout_acts_in_training_only():
-    model, x = tiny("mpvg", attn_drop=0.5), images()
-    assert torch.equal(model(x), tiny("mpvg")(x))
-    model.train()
-    assert not torch.equal(model(x), model(x))
+def test_attention_dropout_in_training_zeroes_weights_and_scales_up_the_rest():
+    attention, x = tiny("mpvg", attn_drop=0.25).blocks[0].attn, torch.randn(4000, 1, 16, dtype=torch.float64)
+    attention.proj = torch.nn.Identity()
+    kept, found = (attention.train(mode)(x).view(4000, 2, 8) for mode in (False, True))
+    dropped = (found == 0).all(dim=2)  # of each head's only weight, which is 1 for a single token
+    assert dropped.double().mean() == approx(0.25, abs=0.03)
+    assert_close(found[~dropped], kept[~dropped] / 0.75)
 
 
 def test_initialisation():
