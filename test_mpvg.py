@@ -985,21 +985,22 @@ def one_line(result, says):
     assert says in lines[-1] and (result.code == 2 or len(lines) == 1), result.err
 
 
-MPVG = "mpvg-vit-nano-numbers-seed0"
+MPVG, TRAINED = "mpvg-vit-nano-numbers-seed0", "mpvg-vit-nano-numbers-seed3"
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The folder of a finished run of three epochs on 200 numbers, and what it printed."""
     runs = tmp_path_factory.mktemp("trained")
-    flags = "--device cpu --epochs 3 --lr 0.01 --batch-size 20 --pe layerwise --pool gap --mpvg --runs"
+    flags = "--device cpu --epochs 3 --lr 0.01 --batch-size 20 --pe layerwise --pool gap --mpvg --seed 3 --runs"
     result = ok(run_cli(train.main, flags, runs))
-    return runs / MPVG, result.out
+    return runs / TRAINED, result.out
 
 
 def test_a_run_leaves_its_record(trained):
     folder, out = trained
     log, saved, config = log_of(folder), load(folder), read_json(folder / "config.json")
+    best = max(log, key=lambda line: line["test_accuracy"])
     assert [line["epoch"] for line in log] == [1, 2, 3] and saved["log"] == log and saved["config"] == config
     assert config["method"] == "mpvg" and config["images"] == 200
     assert config["environment"]["torch"] == torch.__version__ and config["environment"]["device"] == "cpu"
@@ -1007,6 +1008,7 @@ def test_a_run_leaves_its_record(trained):
                   "\nepoch     loss   test %         lr ",
                   "\n    3 {loss:>8.4f} {test_accuracy:>8.2f} {lr:>10.2e} ".format(**log[-1]),
                   f"test accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch",
+                  "(best: {test_accuracy:.2f} % after epoch {epoch})".format(**best),
                   f"next, tables and figures: python train.py report {folder}"):
         assert words in out
     assert sorted(path.name for path in folder.iterdir() if path.name != "mechanism.json") == [
@@ -1054,7 +1056,8 @@ def test_a_run_is_the_plain_loop(cli, tmp_path, data, method, lr_per, seed):
                    cooldown_epochs=1, weight_decay=2, label_smoothing=0.3, crop_scale=1, flip=0, ra_ops=0, mixup=0,
                    cutmix=0, erase=0)
     recipe = ",".join(f"{name}={value}" for name, value in changes.items())
-    ok(cli(f"--data {data} --model vit-nano --method {method} --seed {seed} --recipe {recipe}"))
+    result = ok(cli(f"--data {data} --model vit-nano --method {method} --seed {seed} --recipe {recipe}"))
+    assert "3 epochs of 4 steps of 48 images" in result.out
     folder, recipe = tmp_path / f"{method}-vit-nano-{data}-seed{seed}", train.DATASETS[data].recipe
     model, losses, accuracies = plain_loop(replace(recipe, **changes), method, data, seed)
     assert [line["loss"] for line in log_of(folder)] == approx(losses, rel=1e-5)
@@ -1069,6 +1072,7 @@ def configure(*flags):
 
 
 @pytest.mark.parametrize("flags, name, overrides", [
+    ("--pool gap", "pvg-vit-nano-numbers-seed0", {}),
     ("--pe none --seed 7", "gap-pe=none-vit-nano-numbers-seed7", {"pe": "none"}),
     ("--pe none --pool cls", "default-pe=none-vit-nano-numbers-seed0", {"pe": "none"}),
     ("--method mpvg:last_pe=None", "mpvg-last_pe=None-vit-nano-numbers-seed0", {"last_pe": None}),
@@ -1144,11 +1148,11 @@ def test_defaults_follow_the_device(files, monkeypatch):
         assert train.load_split(FILES, "test", files, torch.device(device)).workers == workers
 
 
-def test_accumulate_splits_the_batch(cli, monkeypatch):
+def test_accumulate_splits_the_batch(cli, tmp_path, monkeypatch):
     sizes, forward = [], ViT.forward
     monkeypatch.setattr(ViT, "forward", lambda model, x: sizes.append(len(x)) or forward(model, x))
     ok(cli("--epochs 1 --batch-size 100 --accumulate 4"))
-    assert sizes == [25] * 8 + [40]
+    assert sizes == [25] * 8 + [40] and load(tmp_path / MPVG)["config"]["environment"]["accumulate"] == 4
 
 
 def test_compiled_training_and_bf16(cli, tmp_path, monkeypatch):
@@ -1201,6 +1205,9 @@ def test_init_from_a_plain_vits_weights(cli, tmp_path):
         assert f"starts from {start}, {says}with its head\n" in result.out
         expected = load_weights(create("vit-nano", method), start, from_plain=True).state_dict()
         assert_identical(load(tmp_path / "tuned")["model"], dict(expected))
+        ok(report(tmp_path, tmp_path / "tuned"))
+        found = read_json(tmp_path / "tuned" / "mechanism.json")
+        assert found["correlation"][-1] is None and found["offset_before"] == []  # the last PE is 0; not from scratch
     one_line(cli("--freeze --name probe --init", tmp_path / "default"), "leave out --freeze")
 
 
@@ -1236,8 +1243,9 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork") or torch.accelerator.is_available(),
                     reason="kills forked processes; with an accelerator, autograd does not work in a fork")
 @pytest.mark.parametrize("data", ["cifar100", "imagenet"])
-def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, tmp_path, data):
-    flags = [f"--data {data} --model vit-nano --epochs 5 --batch-size 8 --method mpvg:drop_path=0.2:attn_drop=0.1"]
+def test_killed_at_random_moments_and_resumed_it_is_the_same_run(cli, files, trained, tmp_path, data):
+    flags = [f"--data {data} --model vit-nano --epochs 5 --batch-size 8 --method mpvg:drop_path=0.2:attn_drop=0.1",
+             "--init", trained[0]]
     flags += ["--image-size 32 --workers 1 --data-dir", files] if data == "imagenet" else []
     ok(cli(*flags, "--name whole"))
     seconds, random, ends = log_of(tmp_path / "whole")[-1]["seconds"], Random(0), []
@@ -1530,13 +1538,13 @@ def test_student_t():
 
 
 CONTRASTS = """\
-| contrast                            | n | difference    | level % | verdict      | paper | model     | paper is |
-| (lape-gap - gap) - (lape - default) | 4 | -3.00 +- 1.96 | 95.00   | agrees       | -0.96 | deit-tiny | outside  |
-| lape - default                      | 4 | +2.00 +- 1.90 | 98.33   | agrees       | +0.62 | vit-lite  | inside   |
-| lape-gap - gap                      | 4 | -1.00 +- 1.08 | 97.50   | inconclusive | -0.16 | deit-tiny | inside   |
-| mpvg - pvg                          | 4 | +0.22 +- 0.21 | 95.00   | inconclusive | +0.20 | vit-lite  | inside   |
-| mpvg - default                      | 4 | +5.22 +- 3.21 | 98.75   | agrees       | +1.97 | vit-lite  | outside  |
-| pvg - lape-gap                      | 4 | +6.00 +- 2.45 | 95.00   |              | +0.93 | deit-tiny | outside  |
+| contrast                            | n | difference    | level % | verdict      | paper | model      | paper is |
+| (lape-gap - gap) - (lape - default) | 4 | -3.00 +- 1.96 | 95.00   | agrees       | -0.96 | deit-tiny  | outside  |
+| lape - default                      | 4 | +2.00 +- 1.90 | 98.33   | agrees       | +0.58 | deit-small | inside   |
+| lape-gap - gap                      | 4 | -1.00 +- 1.08 | 97.50   | inconclusive | -0.16 | deit-tiny  | inside   |
+| mpvg - pvg                          | 4 | +0.22 +- 0.21 | 95.00   | inconclusive | +0.23 | deit-small | inside   |
+| mpvg - default                      | 4 | +5.22 +- 3.21 | 98.75   | agrees       | +0.80 | deit-small | outside  |
+| pvg - lape-gap                      | 4 | +6.00 +- 2.45 | 95.00   |              | +0.93 | deit-tiny  | outside  |
 """
 
 
@@ -1549,7 +1557,8 @@ def test_contrasts(tmp_path):
               "lape-gap": [-0.4, -0.8, -1.2, -1.6], "pvg": [4, 5, 4.5, 6.5], "mpvg": [4.07, 5.17, 4.77, 6.87]}
     for method, accuracies in shifts.items():
         for seed, accuracy in enumerate(accuracies):
-            write_run(tmp_path / f"{method}{seed}", [70.0 + seed + accuracy], method=method, seed=seed)
+            write_run(tmp_path / f"{method}{seed}", [70.0 + seed + accuracy], method=method, seed=seed,
+                      model="deit-small")
     assert rows_of(report(tmp_path, *sorted(tmp_path.glob("*/"))).out)[-7:] == rows_of(CONTRASTS)
     for name, other in dict(numbers=dict(data="numbers"), tuned=dict(init="plain")).items():  # not in the paper
         for method, seed in product(("default", "lape"), range(3)):
@@ -1605,7 +1614,7 @@ def test_eval_measures_again(trained, monkeypatch):
     folder, last = trained[0], log_of(trained[0])[-1]
     monkeypatch.setattr(train, "fold", folded := Mock(side_effect=fold))
     measured = f"accuracy {last['test_accuracy']:.2f} %, loss {last['test_loss']:.4f}, 40 images"
-    where = f"numbers at 32x32, seed 0, epoch 3: test {measured}\n"
+    where = f"numbers at 32x32, seed 3, epoch 3: test {measured}\n"
     assert evaluation(folder).out == f"mpvg, vit-nano, {where}"
     assert evaluation(folder, "--fold").out == f"mpvg, vit-nano, folded, {where}"
     best = max(log_of(folder), key=lambda line: line["test_accuracy"])  # the first of equals
@@ -1616,7 +1625,7 @@ def test_eval_measures_again(trained, monkeypatch):
     x = F.interpolate(train.normalise(x, "numbers"), size=(48, 48), mode="bicubic", antialias=True)
     loss = F.cross_entropy(larger(x), y).item()
     shown = evaluation(folder, "--image-size 48").out
-    assert "numbers at 48x48, seed 0, epoch 3: test accuracy" in shown and f"loss {loss:.4f}, 40 images" in shown
+    assert "numbers at 48x48, seed 3, epoch 3: test accuracy" in shown and f"loss {loss:.4f}, 40 images" in shown
     assert "folded, numbers at 48x48" in evaluation(folder, "--image-size 48 --fold").out
     assert folded.call_count == 2  # with --fold
     one_line(evaluation(folder, "--image-size 33"), "--image-size: image_size 33x33 is not divisible")
@@ -1634,12 +1643,12 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     assert found["images"] == 40
     for name in ("beta", "offset"):
         assert found[f"{name}_variance"] == approx(np.var(found[name], ddof=1))
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     fresh = create("vit-nano", "mpvg")
     before = fresh.last_norm_pe(fresh.delivered_pe()).mean(1)[0].tolist()
     assert found["offset_before"] == approx(before, abs=1e-6)
-    report(tmp_path, folder, "--images 10")
-    assert read_json(folder / "mechanism.json")["images"] == 10
+    report(tmp_path, folder, "--images 15")
+    assert read_json(folder / "mechanism.json")["images"] == 14  # at most 15: every third
     (folder / "last.pt").unlink()
     again = report(tmp_path, folder)
     assert "index read from x" in again.out and "the figures need matplotlib: pip install matplotlib" in again.out
@@ -1654,7 +1663,8 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
     """What differs from the recipe is listed. Runs from runs of their own method and seed share a setting."""
     lite, variants = "vit-lite, cifar100, 310 epochs, bf16", [f"mpvg-last_pe={block}" for block in (2, 3, 4, 6)]
     settings = {
-        lite: {}, f"{lite}, lr 0.01, fraction 0.5, freeze True": dict(lr=0.01, fraction=0.5, freeze=True),
+        lite: {}, f"{lite}, lr 0.01, image_size 64, num_classes 10, fraction 0.5, freeze True": dict(
+            lr=0.01, image_size=64, num_classes=10, fraction=0.5, freeze=True),
         "vit-lite, cifar100, 20 epochs, bf16, lr_per epoch": dict(epochs=20, warmup_epochs=2.0, cooldown_epochs=2),
         f"{lite}, init b-METHOD-x-seedN": dict(init="a/b/{method}-x-seed{seed}"),
         f"{lite}, init b-x-mpvg-last_pe=2-x-seed0": dict(init="a/b/x-mpvg-last_pe=2-x-seed0"),
@@ -1675,7 +1685,7 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
     folders = {title: title.replace(", ", "-").replace(" ", "-") for title in (nano, *settings)}
     assert {key: names for key, names in drawn.items() if key[1][:6] in ("curves", "layers")} == {
         **{(folders[title], "curves"): variants for title in settings},
-        (folders[nano], "curves"): ["mpvg"], (folders[nano], f"layers-{MPVG}"): []}
+        (folders[nano], "curves"): ["mpvg"], (folders[nano], f"layers-{TRAINED}"): []}
 
 
 def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
@@ -1909,12 +1919,16 @@ def test_inference_has_weights_of_the_dtype_and_training_has_autocast_and_an_opt
     expected = torch.float32 if training else dtype
     batches = torch.randn(3, 4, 3, 32, 32, dtype=expected), torch.arange(12).view(3, 4) % 5
     setup = SimpleNamespace(device=CPU, dtype=dtype, precision=precision, sizes=None)
-    bench.make_contestant("gap", table, [*zip(*batches)], setup)
+    one = bench.make_contestant("gap", table, [*zip(*batches)], setup)
     assert {call[1:] for call in seen} == {(expected, training, training and dtype == torch.bfloat16)}
     places = [call[0] for call in seen]
     assert len(set(places[:3])) == 3 and places[3:] == places[:-3]  # batches in turn
     assert model.head.weight.dtype == expected and model.head.weight.grad is None
+    assert model.head.weight.requires_grad == training
     assert torch.equal(model.head.weight, start.to(expected)) != training
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: len(seen)))  # a clock that counts calls
+    one.repeat = 5
+    assert one.time(CPU) == 1  # per call
 
 
 def test_a_peer_with_a_broken_graph_is_left_out_and_no_timing_contains_compilation(monkeypatch, quick):
@@ -1964,6 +1978,10 @@ def test_bench_flags_have_their_effect(monkeypatch):
     assert other.tables == ["training-eager", "inference-eager"] and other.names == ["mpvg", "timm gap"]
     assert other.sizes == sizes("vit-lite", attn_drop=0.0, drop_path=0.0)
     assert (other.batch, other.dtype, other.mode, other.rounds) == (3, torch.bfloat16, "max-autotune-no-cudagraphs", 7)
+    assert settings("--methods all --peers none").names == [*METHODS, *(f"{name}-folded" for name in METHODS)]
+    for name, value in dict(choose_device=torch.device("cuda"), environment={}, default_precision="bf16").items():
+        monkeypatch.setattr(bench, name, Mock(return_value=value))
+    assert (settings().batch, settings().dtype) == (256, torch.bfloat16)
 
 
 def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
@@ -1981,7 +1999,7 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
     names = ["default", "gap", "mpvg", "mpvg-folded"]
     assert bench.build("mpvg-folded", SMALL)[0].last_pe is None  # it is folded
     done = ok(small_run("--peers timm,torchvision --tables training-eager,inference-compiled",
-                        f"--methods {','.join(names)} --mode max-autotune-no-cudagraphs",
+                        f"--methods {','.join(names)} --mode max-autotune-no-cudagraphs --dtype bf16",
                         "--json", tmp_path / "new" / "x.json"))
     assert {options["mode"] for options in quick} == {"max-autotune-no-cudagraphs"}
     saved = read_json(tmp_path / "new" / "x.json")
@@ -1996,15 +2014,15 @@ def test_bench_from_end_to_end(monkeypatch, quick, tmp_path, capfd):
         assert [row["name"] for row in table["rows"]] == (names[:3] if training else names)
         assert table["notes"] == ["torchvision failed: no such model (left out)"]
         assert len(table["matmul_seconds"]) == len(table["copy_seconds"]) == 6
-        assert (table["matmul_flops"], table["copy_bytes"]) == (2 * 2048 ** 3 / 0.1, 2 * 4 * 2 ** 26 / 0.1)
+        assert (table["matmul_flops"], table["copy_bytes"]) == (2 * 2048 ** 3 / 0.1, 2 * 2 * 2 ** 26 / 0.1)
         for row in table["rows"]:
-            assert len(row["seconds"]) == 6 and min(row["seconds"]) > 0 and row["memory_bytes"] > 4 * 10_000
+            assert len(row["seconds"]) == 6 and min(row["seconds"]) > 0 and row["memory_bytes"] > 2 * 10_000
             assert 0 < row["share_of_peak"] <= row["share_of_roofline"]
             assert (row["compile_seconds"] is None) == training
         assert "attention" in table["attention"]
         gap = table["rows"][1]
         assert (4 * gap["flops_per_image"], gap["bytes_per_step"]) == bench.count_work(
-            sizes("vit-nano"), "gap", training, batch=4, itemsize=4)
+            sizes("vit-nano"), "gap", training, batch=4, itemsize=2)
     rounds = np.array(turns[-6 * 7:]).reshape(6, 7).tolist()  # of the last table
     for copy, matmul, unrecorded, *order in rounds:
         assert [copy, matmul, unrecorded, *sorted(order)] == ["copy", "matmul", order[-1], *names]
@@ -2170,7 +2188,9 @@ def test_links_lead_to_files_and_headings_and_code_blocks_begin_a_line():
 
 def test_the_digits_are_a_folder_to_train_on(cli, tmp_path, monkeypatch):
     """The guide's code, for a tenth of its images, and its command, for one epoch."""
+    here = train.environment(CPU)
     monkeypatch.chdir(tmp_path)
+    assert train.environment(CPU) == here  # git describes the program's folder
     monkeypatch.setattr(train, "numbers", lambda count, seed: make_numbers(count // 10, seed))
     execute(code(GUIDE, 'Path("digits"'))
     assert Image.open(next(Path("digits/train").rglob("*.JPEG"))).size == (64, 48)
