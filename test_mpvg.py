@@ -1548,7 +1548,7 @@ CONTRASTS = """\
 """
 
 
-def test_contrasts(tmp_path):
+def test_contrasts(tmp_path, monkeypatch):
     """Half intervals: t / 2 x deviation; t, three degrees of freedom, of 0.05 / 1, ... / 4: 3.182, 4.177, 4.857, 5.392.
 
     mpvg - pvg by itself would be conclusive, but Holm's procedure stops before it.
@@ -1559,11 +1559,21 @@ def test_contrasts(tmp_path):
         for seed, accuracy in enumerate(accuracies):
             write_run(tmp_path / f"{method}{seed}", [70.0 + seed + accuracy], method=method, seed=seed,
                       model="deit-small")
-    assert rows_of(report(tmp_path, *sorted(tmp_path.glob("*/"))).out)[-7:] == rows_of(CONTRASTS)
+    folders = sorted(tmp_path.glob("*/"))
+    assert rows_of(report(tmp_path, *folders).out)[-7:] == rows_of(CONTRASTS)
     for name, other in dict(numbers=dict(data="numbers"), tuned=dict(init="plain")).items():  # not in the paper
         for method, seed in product(("default", "lape"), range(3)):
             write_run(tmp_path / name / f"{method}{seed}", [50.0 + seed], method=method, seed=seed, **other)
         assert "Contrasts" not in report(tmp_path, *(tmp_path / name).glob("*")).out
+    shown, figure = {}, pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path: shown.update({path.stem: figure.axes[0]}))
+    ok(report(tmp_path, *folders, draw=True))
+    ax = shown["contrasts"]
+    papers = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"]
+    for row, label, bar, paper in zip(rows_of(CONTRASTS)[1:], ax.get_yticklabels(), ax.containers, papers, strict=True):
+        low, high = bar[2][0].get_segments()[0][:, 0]
+        interval = f"{(low + high) / 2:+.2f} +- {(high - low) / 2:.2f}"
+        assert [label.get_text(), interval, f"{paper:+.2f}"] == [row[0], row[2], row[5]]
 
 
 @pytest.mark.parametrize("method", ["default", "mpvg", "mpvg-shift"])
@@ -1671,7 +1681,7 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
         f"{lite}, init b-mpvg-last_pe=2-x-seed10": dict(init="a/b/mpvg-last_pe=2-x-seed10")}
     for (i, changes), seed, method in product(enumerate(settings.values()), range(2), variants):
         init = changes.get("init", "").format(method=method, seed=seed) or None
-        write_run(tmp_path / f"{i}{method}{seed}", [70.0], overrides={"last_pe": int(method[-1])}, seed=seed,
+        write_run(tmp_path / f"{i}{method}{seed}", [70.0 + seed], overrides={"last_pe": int(method[-1])}, seed=seed,
                   **changes | dict(init=init))
     folders, drawn = [*sorted(tmp_path.glob("[0-9]*")), trained[0]], {}
     result = ok(report(tmp_path, *folders))
@@ -1680,12 +1690,28 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
     assert [row[:2] for row in rows_of(result.out) if "last_pe" in row[0]] == [[name, "2"] for name in variants] * 6
     figure = pytest.importorskip("matplotlib.figure")
     monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path, **_: path.touch() or drawn.update({
-        (path.parent.name, path.stem): [text.get_text() for key in figure.legends for text in key.get_texts()]}))
+        (path.parent.name, path.stem): figure}))
     ok(report(tmp_path, *folders, draw=True))
     folders = {title: title.replace(", ", "-").replace(" ", "-") for title in (nano, *settings)}
-    assert {key: names for key, names in drawn.items() if key[1][:6] in ("curves", "layers")} == {
+    assert {key: [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+            for key, figure in drawn.items() if key[1][:6] in ("curves", "layers")} == {
         **{(folders[title], "curves"): variants for title in settings},
         (folders[nano], "curves"): ["mpvg"], (folders[nano], f"layers-{TRAINED}"): []}
+    assert drawn[folders[lite], "curves"].axes[1].lines[0].get_ydata()[-1] == 70.5  # the mean of two seeds
+    found, log = read_json(trained[0] / "mechanism.json"), log_of(trained[0])
+    expected = dict(curves=[[None, *(line[key] for line in log)] for key in ("loss", "test_accuracy")],
+                    correlation=[found["correlation"], [-0.37, -0.95]],
+                    last_norm=[sorted(found[key]) for key in ("gamma", "beta", "offset", "offset_before")],
+                    position=[found["stream"], found["normed"], found["attention"],
+                              [found["ordered"], found["shuffled"]]])
+    for name, lines in expected.items():
+        shown = [line.get_ydata() for ax in drawn[folders[nano], name].axes for line in ax.lines]
+        for line, values in zip(shown, lines, strict=True):
+            np.testing.assert_array_equal(line, np.array(values, float))  # None: nan
+    ticks = drawn[folders[nano], "correlation"].axes[0].get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == ["0", "1", "2", "3", "last\nnorm"]
+    axes = drawn[folders[nano], f"layers-{TRAINED}"].axes[:10]
+    assert [ax.get_title() for ax in axes if not ax.images[0].get_array().any()] == ["PE, block 0"]  # blank
 
 
 def test_a_sweeps_seeds_and_jobs(tmp_path, monkeypatch):
