@@ -248,10 +248,10 @@ def check_options(*, image_size, patch_size, in_channels, num_classes, dim, dept
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive whole number")
     for name, value in dict(mlp_ratio=mlp_ratio, norm_eps=norm_eps, pe_std=pe_std).items():
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} is not a positive number")
     for name, value in dict(attn_drop=attn_drop, drop_path=drop_path).items():
-        if not isinstance(value, (int, float)) or not 0 <= value < 1:
+        if type(value) not in (int, float) or not 0 <= value < 1:
             raise ValueError(f"{name}={value!r} is not in [0, 1)")
     for name, value in dict(qkv_bias=qkv_bias, layer0=layer0, hierarchical=hierarchical, add_input=add_input).items():
         if type(value) is not bool:

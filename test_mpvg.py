@@ -454,6 +454,7 @@ def test_a_seed_gives_all_methods_the_same_weights():
     (dict(dim=6, heads=2, pe_init="sincos"), "by 4 for pe_init='sincos'"),
     (dict(heads=True), "heads=True is not a positive"),
     (dict(norm_eps=math.nan), "norm_eps=nan is not a positive number"),
+    (dict(pe_std=True), "pe_std=True is not a positive number"),
     (dict(drop_path=1.0), "drop_path=1.0 is not in [0, 1)"),
     (dict(pe="relative"), "unknown pe 'relative': choose from absolute, layerwise, none")])
 def test_impossible_options_say_what_to_do(options, says):
