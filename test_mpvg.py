@@ -1158,7 +1158,7 @@ def test_defaults_follow_the_device(files, monkeypatch):
         assert [config[name] for name in ("data", "precision", "compile")] == expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two training processes share this machine's cores
     for device, cores, workers in (("cpu", 8, 0), ("cuda", 8, 4), ("cuda", 80, 16)):
-        monkeypatch.setattr(os, "cpu_count", Mock(return_value=cores))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
         assert train.load_split(FILES, "test", files, torch.device(device)).workers == workers
 
 

@@ -330,8 +330,8 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
                          f"{config['num_classes']}: set --data-dir to the folder it was trained on")
     rows = choose_rows(torch.tensor(folder.targets), fraction, config["seed"])
     if workers is None:                                              # none on a CPU, which is busy training
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = 0 if device.type == "cpu" else min(cores, 16)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if device.type == "cpu" else min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
     return FolderData([folder.samples[row] for row in rows.tolist()], config["image_size"], augment_on, workers,
                       config["crop_scale"] if train else None, config["bicubic"], crop_ratio)
 
