@@ -5,7 +5,7 @@
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
 Each round times the machine's limits (a large copy, a matrix product), then all contestants of a table in random
-order. A slowdown of the machine affects all of a round alike and cancels in its ratios; their median is reported.
+order. A slowdown of the machine mostly affects all of a round and cancels in its ratios; their median is reported.
 """
 import ctypes
 import itertools
@@ -117,7 +117,7 @@ def make_contestant(name, table, batches, setup):
         return getattr(output, "logits", output)                     # transformers wraps them
 
     if compiled:
-        # torch.compile keeps graphs by code object: with a copy of its own, no contestant checks another's guards.
+        # torch.compile keeps graphs by code object. A copy for each contestant: none checks another's guards.
         forward.__code__ = forward.__code__.replace(co_name=name)
         forward = torch.compile(forward, fullgraph=True, dynamic=False, mode=setup.mode)
     step = make_train_step(forward, optimizer, 0.1, setup.precision) if training else lambda images, _: forward(images)
@@ -179,7 +179,7 @@ def run_table(table, names, setup):
             for limit in limits:
                 limit.seconds.append(limit.time(device))
             order = random.sample(contestants, len(contestants))
-            order[-1].time(device)                                   # not recorded: the first must not follow a limit
+            order[-1].time(device)                                   # not recorded: after a limit, caches are cold
             for one in order:
                 one.seconds.append(one.time(device))
     return summarise(contestants, limits, notes, training, setup)
@@ -198,8 +198,8 @@ def speed(one, other):
 def count_work(sizes, pool, training, batch, itemsize):
     """-> operations and bytes of a step of the plain method; a multiplication and an addition are two operations.
 
-    Bytes, with all else fused into the matrix products: each weight and pixel once, and per token and block what
-    each product reads and writes, in units of D. Training moves three times as much, and AdamW 7 values per weight.
+    Bytes, with all else fused into the matrix products: each weight and pixel once; per token and block what each
+    product reads and writes, in units of D. Training: three times that, and AdamW's 4 reads and 3 writes per weight.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:  # there attention is matrix products
         model = ViT(**{**sizes, **METHODS[PLAIN[pool]]})
@@ -302,7 +302,8 @@ def bench(
                  both: median of the rounds' ratios, 95 % interval; another run may differ by more
     peak, roof   share of a large matrix product's speed; of the roofline, which also counts moved bytes
     images/s     the plain method's median times x plain, so that the two columns agree; likewise ms
-    MiB, comp    peak memory; seconds of compilation, few if torch finds the graph in its disk cache
+    MiB          weights, AdamW's moments and the peak of what a step allocates
+    comp         seconds of compilation, few if torch finds the graph in its disk cache
     """
     names = words("methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
     tables, peers = words("tables", tables, TABLES), [] if peers == "none" else words("peers", peers, PACKAGES)
@@ -334,8 +335,7 @@ def bench(
         results[table] = run_table(table, names, setup)
         print(f"\n{as_text(table, results[table])}", flush=True)
         if json_file:
-            record = dict(header=header, verdict=verdict(results), tables=results)
-            json_file.write_text(json.dumps(record, indent=1))
+            json_file.write_text(json.dumps(dict(header=header, verdict=verdict(results), tables=results), indent=1))
     print("\n" + textwrap.fill(verdict(results), 100, break_on_hyphens=False))
 
 
