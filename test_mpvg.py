@@ -1233,6 +1233,7 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     assert {call.kwargs["num_workers"] for call in loader.call_args_list} == {2}
     assert "48 training images, 15 test images" in result.out
     folder = tmp_path / "mpvg-vit-nano-imagenet-seed0"
+    assert result.out.endswith(f"train.py report {folder} --data-dir {files}\n")
     last = log_of(folder)[-1]
     assert last["unreadable"] >= 2 and load(folder)["config"]["num_classes"] == 3
     again = ok(evaluation(folder, "--data-dir", files)).out

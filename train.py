@@ -1071,7 +1071,8 @@ def train_run(flags, config, folder, device):
     best = max(log, key=lambda line: line["test_accuracy"])
     print_main(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch (best: "
                f"{best['test_accuracy']:.2f} % after epoch {best['epoch']}); weights in {folder / 'last.pt'}\n"
-               f"next, tables and figures: python train.py report {folder}")
+               f"next, tables and figures: python train.py report {folder}"
+               + f" --data-dir {flags['data_dir']}" * (config["data"] != "numbers"))
 
 
 def initialise(model, path, config):
