@@ -621,19 +621,6 @@ def capture(train_step, optimizer, example):
     return replay
 
 
-def train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device):
-    """-> this process's mean loss. bar: the epoch's train_batches() in a progress bar."""
-    losses = torch.zeros(steps, device=device)
-    for step, (images, targets) in enumerate(bar):
-        lr = lr_at(epoch if recipe.lr_per == "epoch" else epoch + step / steps, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses[step] = train_step(images.to(device), targets.to(device))
-        if step % 100 == 99:                                         # rarely: reading a loss waits for the GPU
-            bar.set_postfix(loss=f"{losses[step].item():.3f}", refresh=False)
-    return losses.mean().item()
-
-
 @torch.no_grad()
 def evaluate(model, test_data, config, device):
     """-> test accuracy in percent and mean loss, over all processes. Leaves the model in training mode."""
@@ -687,16 +674,23 @@ def fit(config, recipe, model, data, folder, device, accumulate, checkpoint):
     start = time.perf_counter() - (log[-1]["seconds"] if log else 0)  # a resumed run's clock goes on
     for epoch in range(len(log), recipe.epochs):
         torch.manual_seed((config["seed"] * 100_003 + epoch) * 1009 + RANK)      # seeds dropout, on a GPU too
-        epoch_start = time.perf_counter()
+        epoch_start, losses = time.perf_counter(), torch.zeros(steps, device=device)
         bar = tqdm(train_batches(data["train"], recipe, config, epoch, RANK, WORLD_SIZE), total=steps, leave=False,
                    desc=f"epoch {epoch + 1} of {recipe.epochs}", unit=" images", unit_scale=recipe.batch_size,
                    disable=True if RANK else None)                   # None: silent without a terminal
-        loss = train_one_epoch(train_step, optimizer, bar, recipe, epoch, steps, device)
+        for step, (images, targets) in enumerate(bar):
+            lr = lr_at(epoch if recipe.lr_per == "epoch" else epoch + step / steps, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses[step] = train_step(images.to(device), targets.to(device))
+            if step % 100 == 99:                                     # rarely: reading a loss waits for the GPU
+                bar.set_postfix(loss=f"{losses[step].item():.3f}", refresh=False)
+        loss = losses.mean().item()                                  # of this process; waits for the GPU
         speed = steps * recipe.batch_size / (time.perf_counter() - epoch_start)
         result = evaluate(net, data["test"], config, device)
         loss, unreadable = sum_over_processes(loss / WORLD_SIZE, data["train"].unreadable)
         log.append(dict(
-            epoch=epoch + 1, loss=loss, **result, lr=optimizer.param_groups[0]["lr"], processes=WORLD_SIZE,
+            epoch=epoch + 1, loss=loss, **result, lr=lr, processes=WORLD_SIZE,
             images_per_second=speed, unreadable=int(unreadable), seconds=time.perf_counter() - start))
         if RANK == 0:
             save_checkpoint(folder, model, optimizer, config, log)
