@@ -591,18 +591,6 @@ def make_train_step(net, optimizer, label_smoothing=0.0, precision="fp32", accum
     return train_step
 
 
-def compile_now(train_step, optimizer, example):
-    """Compiles by taking three steps, and clears the optimizer's state.
-
-    The optimizer must be new, with lr 0: then the steps leave the weights alone.
-    """
-    for _ in range(3):
-        train_step(*example)
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-
-
 def capture(train_step, optimizer, example):
     """-> train_step as one CUDA graph: batch and lr are copied to where it reads them, and one launch does the rest."""
     graph, lr = torch.cuda.CUDAGraph(), torch.zeros((), device=example[0].device)
@@ -656,7 +644,11 @@ def set_up(config, recipe, model, test_data, device, accumulate, checkpoint):
         example = images.to(device), targets.to(device)
         evaluate(net, test_data, config, device)                     # compiles it; a failure here costs no epoch
         with torch.cuda.stream(torch.cuda.Stream() if graphs else None):  # capture() needs steps on a side stream first
-            compile_now(train_step, optimizer, example)
+            for _ in range(3):                                       # lr is 0: they leave the weights alone
+                train_step(*example)
+            for state in optimizer.state.values():                   # as if no step had been taken
+                for value in state.values():
+                    value.zero_()
         print_main(f"compiled in {time.perf_counter() - start:.0f} s, including one pass over the test images")
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
