@@ -1232,13 +1232,6 @@ def mean_and_deviation(values, digits=2):
     return f"{mean(values):.{digits}f}" + (f" +- {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def difference(pairs):
-    """-> text: the mean of paired differences and its interval; with one or two pairs, the differences themselves."""
-    if len(pairs) > 2:
-        return f"{mean(pairs):+.2f} +- {t_test(pairs)[0]:.2f}"
-    return ", ".join(f"{pair:+.2f}" for pair in pairs)
-
-
 def as_table(title, head, rows, note):
     """-> text: a table in Markdown that can be read as it is, without its empty columns. rows: lists of cells."""
     columns = [(name, "-" * len(name), *cells) for name, *cells in zip(head, *rows) if any(cells)]
@@ -1281,10 +1274,13 @@ def results_table(title, by_method, base=None):
         logs = [run.log for run in runs.values()]
         differences = [run.log[-1]["test_accuracy"] - others[seed].log[-1]["test_accuracy"]
                        for seed, run in runs.items() if name != reference and seed in others]
-        unpaired = 0 < len(differences) < max(len(runs), len(others))
+        compared = ", ".join(f"{value:+.2f}" for value in differences)
+        if len(differences) > 2:
+            compared = f"{mean(differences):+.2f} +- {t_test(differences)[0]:.2f}"
+        if 0 < len(differences) < max(len(runs), len(others)):       # some seeds have no partner
+            compared += f" (n={len(differences)})"
         rows.append([
-            name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]),
-            difference(differences) + f" (n={len(differences)})" * unpaired,
+            name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]), compared,
             f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
             f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{next(iter(runs.values())).parameters:,}",
             f"{paper[name]:.2f}" if name in paper else ""])
