@@ -854,10 +854,7 @@ def choose_method(flags):
 
 
 def recipe_for(data, **changes):
-    """-> the data set's Recipe with these changes, and with what follows from epochs and batch_size.
-
-    Raises ValueError.
-    """
+    """-> the data set's Recipe with these changes and what follows from epochs and batch_size. Raises ValueError."""
     usual, follow = DATASETS[data].recipe, {}
     recipe = dataclasses.replace(usual, **changes)                   # checks each value
     if recipe.epochs < 10 * usual.warmup_epochs:                     # a short run warms up by the step
@@ -1423,23 +1420,20 @@ def shuffle_patches(images, size, generator):
 def measure(model, batches):
     """Measures what the paper plots of a trained model. batches: a list of normalised images (B, 3, H, W) and labels.
 
-    -> tokens: LN_l(x_l) of each block and LN(x_L), averaged over images, (L + 1, N, D).
-    pe: a list, what is added to each of them, (N, D) or None.
-    A dict: correlation, Pearson's, of each such pair (Figure 4); beta and gamma, the last norm's; offset, see
-    last_norm_offset; variances of beta and offset; cosine, of an image's mean token before and after the last norm,
-    averaged over images (the paper's appendix).
+    -> tokens: LN_l(x_l) of each block and LN(x_L), averaged over images, (L + 1, N, D); pe: a list, what is added to
+    each of them, (N, D) or None; and a dict of correlations, cosine and the last norm's vectors.
     """
     tokens, cosines = 0, []
     for images, _ in batches:
         inputs, outputs = watch_norms(model, images)
         tokens = tokens + torch.stack([output.sum(0) for output in outputs])
-        cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))
+        cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))  # the paper's appendix
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
     delivered = model.delivered_pe()
     pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu()
           for e in (*delivered, model.last_norm_pe(delivered))]
     correlation = [None if e is None or e.min() == e.max() else      # undefined for a constant PE
-                   np.corrcoef(t.flatten(), e.flatten())[0, 1].item() for t, e in zip(tokens, pe)]
+                   np.corrcoef(t.flatten(), e.flatten())[0, 1].item() for t, e in zip(tokens, pe)]  # Figure 4
     beta, offset = model.norm.bias, last_norm_offset(model)
     return tokens, pe, dict(
         correlation=correlation, cosine=torch.cat(cosines).mean().item(), beta=beta.tolist(),
@@ -1498,10 +1492,7 @@ def measure_position(model, batches):
 
 
 def measure_run(run, count, data_dir, device):
-    """Measures a run's trained model on at most `count` test images, into run.mechanism and mechanism.json.
-
-    -> tokens and pe, for plot_layers.
-    """
+    """Measures a run on at most `count` test images, into run.mechanism and mechanism.json. -> tokens, pe, to plot."""
     model = load_checkpoint(run.folder)[0].to(device).eval()
     data = load_split(run.config, "test", data_dir, device)
     every = math.ceil(len(data) / count)                             # files are sorted by class
