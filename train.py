@@ -296,7 +296,7 @@ def count_classes(root):
     try:
         train, val = (find_classes(root / split)[0] for split in ("train", "val"))
     except OSError:
-        raise SystemExit(f"error: --data-dir {root} does not hold train/CLASS/*.JPEG and val/CLASS/*.JPEG") from None
+        raise SystemExit(f"error: --data-dir {root} does not hold images in train/CLASS/ and val/CLASS/") from None
     if train != val or len(train) < 2:
         raise SystemExit(f"error: train/ and val/ of {root} need the same classes, two or more; they have {len(train)} "
                          f"and {len(val)}, in one of them only: {', '.join(sorted({*train} ^ {*val})[:3]) or 'none'}")
@@ -795,7 +795,7 @@ def flag(text, *names, default=None, shown=True, **limits):
     return typer.Option(default, *names, help=text, show_default=shown, **limits)
 
 
-DATA_DIR = flag("Folder that holds CIFAR-100, or train/CLASS/*.JPEG and val/CLASS/*.JPEG.", default=Path("data"))
+DATA_DIR = flag("Folder that holds CIFAR-100, or image files in train/CLASS/ and val/CLASS/.", default=Path("data"))
 DEVICE = flag("cpu, cuda, cuda:1 or mps; auto takes an accelerator if there is one.", default="auto")
 
 
@@ -874,6 +874,8 @@ def configure(flags):
     cuda = device.type == "cuda"
     data = flags["data"] or ("numbers" if device.type == "cpu" else "cifar100")
     dataset = DATASETS[data]
+    if data == "numbers" and Path(flags["data_dir"]) != Path("data"):
+        refuse("data-dir", "numbers is built in: give --data cifar100 or imagenet, or leave it out")
     method, overrides = choose_method(flags)
     changes = parse_assignments("recipe", flags["recipe"], ",", dataclasses.asdict(dataset.recipe))
     given = {name: flags[name] for name in ("epochs", "batch_size", "lr") if flags[name] is not None}
@@ -1090,8 +1092,8 @@ def sweep(
 ):
     """Train every method with every seed.
 
-    Skips finished runs and resumes stopped ones. Prints a table and saves it as RUNS/sweep.md. Takes all flags of
-    `python train.py` except --method, --pe, --pool, --mpvg, --seed, --name, --resume and --overwrite.
+    Skips finished runs and resumes stopped ones. Prints a table of these runs and saves it as RUNS/sweep.md. Takes all
+    flags of `python train.py` except --method, --pe, --pool, --mpvg, --seed, --name, --resume and --overwrite.
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
@@ -1557,10 +1559,11 @@ def plot_lines(path, panels, by_method):
             ax.set_xticks([0, 1], ["in order", "shuffled"])
         if path.stem == "correlation":                               # the paper's Figure 4: layers 4 and 11 of 0 to 11
             ax.plot([4 / 11 * (depth - 1), depth - 1], [-0.37, -0.95], "D", mfc="none", color="black")
-            ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti")
+            ax.set(ylim=(-1, 1), title="diamonds: the paper's DeiT-Ti,\nblocks 4 and 11 of 0 to 11")
     handles, names = ax.get_legend_handles_labels()
     if names:                                                        # none where no method has a layer-wise PE
-        figure.legend(handles, names, loc="outside right upper", handlelength=4)
+        figure.legend(handles, names, loc="outside right upper", handlelength=4,
+                      title="line: mean of runs\nband: min to max")
     figure.savefig(path)
 
 
@@ -1645,7 +1648,7 @@ def report(
                     plot_lines(folder / f"{name}.png", panels, shown)
             for name, tokens, pe in heatmaps.get(title, {}).values():
                 plot_layers(folder / f"layers-{name}.png", name, tokens, pe)
-        typer.echo(f"figures in {out}")
+            typer.echo(f"figures in {folder}")
     except ImportError:
         typer.echo("the figures need matplotlib: pip install matplotlib")
 
