@@ -1011,6 +1011,13 @@ def train_command(
         dist.destroy_process_group()
 
 
+def refuse_other_flags(folder, old, config):
+    changed = [f"{key} was {old.get(key)}, is {value}" for key, value in config.items() if old.get(key) != value]
+    if changed:
+        raise SystemExit(f"error: {folder} was trained with other flags: {'; '.join(changed)}. Use the old ones, or "
+                         "another --runs or --name")
+
+
 def train_run(flags, config, folder, device):
     """Trains one run; each process calls it."""
     checkpoint = None
@@ -1027,11 +1034,8 @@ def train_run(flags, config, folder, device):
                     for split in ("train", "test")}
         sum_over_processes(0)                                        # the others wait
     config["images"] = len(data["train"])
-    old = checkpoint["config"] if checkpoint else config
-    changed = [f"{key} was {old.get(key)}, is {value}" for key, value in config.items() if old.get(key) != value]
-    if changed:
-        raise SystemExit(f"error: {folder} was trained with other flags: {'; '.join(changed)}. Use the old ones, or "
-                         "another --runs or --name")
+    if checkpoint:
+        refuse_other_flags(folder, checkpoint["config"], config)
     recipe = Recipe(**{field.name: config[field.name] for field in dataclasses.fields(Recipe)})
     if config["images"] < recipe.batch_size:
         refuse("batch-size", f"{recipe.batch_size} is more than the {config['images']} training images")
@@ -1102,39 +1106,39 @@ def sweep(
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
-    planned, precision = {}, common.params["precision"]              # folder -> configuration, command
+    commands, precision = {}, common.params["precision"]             # folder -> command that trains its run
     # Seed by seed, so that a stopped sweep has whole seeds.
     for seed, method in itertools.product(range(seeds), methods.replace(" ", "").split(",")):
         flags = common.params | dict(method=method, seed=seed, precision=precision or "fp32")
         config = configure(flags)                                    # finds mistakes early
         if not precision:                                            # each run chooses by its GPU
             del config["precision"]
-        command = [sys.executable, __file__, *ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
-        planned[run_folder(flags, config)] = config, command
+        folder = run_folder(flags, config)
+        if run := read_run(folder):
+            refuse_other_flags(folder, run.config, config)
+        commands[folder] = [sys.executable, __file__, *ctx.args, f"--method={method}", f"--seed={seed}", "--resume"]
     if jobs > 1 and (load := DATASETS[config["data"]].load):
         load(common.params["data_dir"], False)                       # downloads once, not in each job
     runs_folder = Path(common.params["runs"])
     runs_folder.mkdir(parents=True, exist_ok=True)
 
     def train_one(folder):
-        config, command = planned[folder]
-        run = read_run(folder)
-        if run and config.items() <= run.config.items():             # finished, with these flags
+        if run := read_run(folder):                                  # finished
             return run
         if jobs == 1:
             typer.echo(f"\n--- {folder.name}")
-            code = subprocess.run(command).returncode
+            code = subprocess.run(commands[folder]).returncode
         else:
             threads = str(max(1, torch.get_num_threads() // jobs))   # the runs share the cores
             with open(f"{folder}.txt", "a") as output:
-                code = subprocess.run(command, stdout=output, stderr=output,
+                code = subprocess.run(commands[folder], stdout=output, stderr=output,
                                       env=os.environ | {"OMP_NUM_THREADS": threads}).returncode
             typer.echo(f"{'failed, see' if code else 'finished'} {folder}.txt")
         return None if code else read_run(folder)
 
     try:
         with ThreadPoolExecutor(jobs) as executor:
-            results = dict(zip(planned, executor.map(train_one, planned)))
+            results = dict(zip(commands, executor.map(train_one, commands)))
     except KeyboardInterrupt:                                        # the runs receive it as well
         raise SystemExit("stopped: run the same command to continue") from None
     if runs := [run for run in results.values() if run]:
@@ -1142,7 +1146,7 @@ def sweep(
         save(runs_folder / "sweep.md", table.encode())
         typer.echo(f"\n{table}", nl=False)
     if failed := [folder.name for folder, run in results.items() if not run]:
-        raise SystemExit(f"error: {len(failed)} of {len(planned)} runs failed: {', '.join(failed)}")
+        raise SystemExit(f"error: {len(failed)} of {len(commands)} runs failed: {', '.join(failed)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
