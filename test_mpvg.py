@@ -265,13 +265,12 @@ PAPER_COUNTS = {  # in thousands, cut: default, lape, pvg, mpvg
     "deit-small": [22050, 22059, 22058, 22059], "deit-base": [86567, 86586, 86583, 86584]}
 
 
-def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch):
+def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch, capsys):
     """It needs only torch. Two of the paper's 16 counts differ in the last digit: results/fidelity.md."""
     for name in ("train", "bench", "torchvision", "PIL", "typer"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
-    with redirect_stdout(out := io.StringIO()):
-        runpy.run_path(str(ROOT / "mpvg.py"), run_name="__main__")
-    rows = [line.split() for line in out.getvalue().splitlines()]
+    runpy.run_path(str(ROOT / "mpvg.py"), run_name="__main__")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows == [line.split() for line in PRINTED.splitlines()]
     differ = [(model, paper) for model, default, _, *others in rows[-6:]
               for own, paper in zip((default, *others), PAPER_COUNTS.get(model, ()))
