@@ -142,10 +142,7 @@ def mlp(x, p, name):
 
 def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True, add_input=True, block_type="prenorm",
               patch=4, depth=3, heads=2, **_):
-    """The paper's equations and toggles, line by line.
-
-    -> tokens after the last norm and its PE; logits; of each block and the last norm (x, LN(x), its PE or None).
-    """
+    """-> tokens after the last norm and its PE; logits; of each block and the last norm (x, LN(x), its PE or None)."""
     pieces = img.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5)  # (B, h, w, C, p, p)
     x = pieces.flatten(3).flatten(1, 2) @ p["patch_embed.proj.weight"].flatten(1).T + p["patch_embed.proj.bias"]
     if pool == "cls":
@@ -809,10 +806,7 @@ def test_cifar100_is_torchvisions(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """An ImageFolder of three classes, 17 files each to train on and 5 to test.
-
-    JPEGs of several sizes, in each class one CMYK and one grey; in train/b one is cut off and one empty.
-    """
+    """An ImageFolder of three classes; in train/b the fourth file is cut off and the fifth is empty."""
     root, pixels = tmp_path_factory.mktemp("files"), iter(make_numbers(66, 4)[0])
     for split, count in (("train", 17), ("val", 5)):
         for name in "abc":
@@ -1558,10 +1552,8 @@ CONTRASTS = """\
 
 
 def test_contrasts(tmp_path, monkeypatch):
-    """Half intervals: t / 2 x deviation; t, three degrees of freedom, of 0.05 / 1, ... / 4: 3.182, 4.177, 4.857, 5.392.
-
-    mpvg - pvg by itself would be conclusive, but Holm's procedure stops before it.
-    """
+    """Half intervals: t / 2 x deviation; t, three degrees of freedom, of 0.05 / 1, ... / 4: 3.18, 4.18, 4.86, 5.39."""
+    # mpvg - pvg by itself would be conclusive, but Holm's procedure stops before it.
     shifts = {"default": [0, 0, 0, 0], "lape": [1.2, 2.2, 1.6, 3.0], "gap": [0, 0, 0, 0], "mpvg-free": [6],
               "lape-gap": [-0.4, -0.8, -1.2, -1.6], "pvg": [4, 5, 4.5, 6.5], "mpvg": [4.07, 5.17, 4.77, 6.87]}
     for method, accuracies in shifts.items():
