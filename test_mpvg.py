@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageOps
-from PIL.Image import Resampling
 from pytest import approx
 from torch.testing import assert_close
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomErasing, RandomResizedCrop, Resize
@@ -474,7 +473,7 @@ def test_resize_pos_embed():
     assert resize_pos_embed(table, (4, 4), (4, 4), prefix=1) is table
     for old, new in (((4, 4), (2, 3)), ((2, 8), (3, 5)), ((2, 8), (5, 7)), ((2, 8), (4, 4)), ((8, 2), (3, 5))):
         mine = resize_pos_embed(table, old, new, prefix=1)
-        image = Image.fromarray(table[0, 1:, 0].view(old).numpy()).resize(new[::-1], Resampling.BICUBIC)
+        image = Image.fromarray(table[0, 1:, 0].view(old).numpy()).resize(new[::-1], Image.Resampling.BICUBIC)
         assert torch.equal(mine[:, 0], table[:, 0])
         assert_close(mine[0, 1:, 0].view(new), torch.from_numpy(np.array(image)), rtol=1e-4, atol=1e-4)
     for dtype in (torch.float64, torch.bfloat16):
@@ -626,7 +625,7 @@ def pillow(name, image, m, how):
 
 # How photos() are interpolated: the first half bilinear, the second bicubic.
 BICUBIC = (torch.arange(60) >= 30).view(-1, 1, 1, 1)
-RESAMPLING = [Resampling.BILINEAR] * 30 + [Resampling.BICUBIC] * 30
+RESAMPLING = [Image.Resampling.BILINEAR] * 30 + [Image.Resampling.BICUBIC] * 30
 
 
 @pytest.mark.parametrize("name", train.OPERATIONS)
@@ -833,7 +832,7 @@ def test_crops_are_pillows(files):
         image = Image.open(data.samples[index][0]).convert("RGB")
         torch.manual_seed(seed)
         top, left, h, w = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-        theirs = image.crop((left, top, left + w, top + h)).resize((48, 48), Resampling.BICUBIC)
+        theirs = image.crop((left, top, left + w, top + h)).resize((48, 48), Image.Resampling.BICUBIC)
         error = difference(x, theirs)
         assert error.max() <= 2 and error.mean() < 0.5 and label == unreadable == 0
     assert not torch.equal(bilinear[0, 77][0], data[0, 77][0])
