@@ -1227,8 +1227,7 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
         assert f"loss {last['test_loss']:.4f}" not in ok(evaluation(folder, other, "--data-dir", files)).out
     ok(report(tmp_path, folder, "--data-dir", files))
     assert read_json(folder / "mechanism.json")["cosine"] <= 1
-    tuned = ok(cli(*flags, "--image-size 48 --name tuned --lr 0 --init", folder))
-    assert "with its head" in tuned.out
+    ok(cli(*flags, "--image-size 48 --name tuned --lr 0 --init", folder))
     assert load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
     other = shutil.copytree(files, tmp_path / "other")
     (other / "val" / "a" / "03.JPEG").write_bytes(b"")
