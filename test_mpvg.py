@@ -1377,7 +1377,6 @@ def test_a_run_is_the_same_with_one_process_two_or_two_then_one(files, cli, tmp_
     assert resumed.stdout.count("2 process(es)") == resumed.stdout.count("test accuracy") == 1  # said once
     assert not (tmp_path / "disk1" / "runs").exists()  # only the first process writes
     one = load(tmp_path / "one")
-    assert one["model"]["head.weight"].dtype == torch.float64
     for other, processes in ((load(two), [2, 2, 2]), (load(tmp_path / "parts"), [2, 1, 1])):
         assert [line["processes"] for line in other["log"]] == processes
         for a, b in zip(one["log"], other["log"], strict=True):
