@@ -1447,7 +1447,6 @@ def test_a_users_mistake_gets_one_line(tmp_path, monkeypatch, command, says):
     (bench, "make_limits", "can't allocate memory: 1 TB\nframe #0: c10", "can't allocate memory: 1 TB: lower --batch"),
     (bench, "make_contestant", "CUDA out of memory", "inference-eager: default failed: CUDA out of memory: lower")])
 def test_lack_of_memory_or_of_a_compiler_is_one_line(monkeypatch, program, where, error, says):
-    monkeypatch.setattr(bench.platform, "libc_ver", lambda: ("", ""))  # leave this process's malloc alone
     monkeypatch.setattr(program, where, Mock(side_effect=RuntimeError(error)))  # CUDA's is one, too
     one_line(run_cli(program.main, "--device cpu", "--quick" * (program is bench)), f"error: {says}")
 
