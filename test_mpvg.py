@@ -77,7 +77,6 @@ def run_cli(main, *arguments):
 
 
 def ok(result):
-    """-> the result of run_cli, after checking that the program has succeeded."""
     assert result.code == 0, result.err
     return result
 
@@ -705,7 +704,6 @@ def test_mixing_is_distributed_as_published():
 
 
 def test_augmentation_crops_flips_and_applies_one_operation_after_the_other():
-    """Each image by itself; empty places get the mean colour."""
     recipe = replace(CIFAR, erase=0.0)
     x, names = photos()[:40], [*train.OPERATIONS]
     torch.manual_seed(3)
@@ -788,7 +786,6 @@ def test_numbers_are_balanced_and_repeatable(monkeypatch):
 
 
 def test_cifar100_is_torchvisions(tmp_path, monkeypatch):
-    """Pixels in place, labels, and one line where it is missing."""
     pixels = (np.arange(2 * 32 * 32 * 3) % 251).astype(np.uint8).reshape(2, 32, 32, 3)
     theirs = {(tmp_path, False): SimpleNamespace(data=pixels, targets=[3, 99])}
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train, download: theirs[root, train])
@@ -1099,7 +1096,6 @@ def test_every_number_of_the_recipe_has_an_effect(cli, tmp_path):
     assert changes.keys() == {field.name for field in fields(train.Recipe)}
 
     def trained_with(**change):
-        """-> the configuration of a small model's run, and some of its weights."""
         recipe = ",".join(f"{name}={value}" for name, value in (dict(epochs=3, batch_size=50) | change).items())
         ok(cli("--data cifar100 --model vit-nano --method mpvg:depth=2:dim=32:heads=2 --name run --overwrite",
                f"--recipe {recipe}"))
@@ -1848,7 +1844,6 @@ def test_flops_and_bytes_are_those_of_the_closed_formulas(model, pool):
 
 
 def timed(name, seconds, work=0):
-    """-> a contestant with these timings."""
     pool = bench.PEERS.get(name) or METHODS.get(name, {}).get("pool")
     one = bench.Contestant(name, None, pool, work)
     one.seconds, one.facts = seconds, dict(memory_bytes=2 ** 20, compile_seconds=None, attention=None)
