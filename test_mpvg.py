@@ -1640,7 +1640,6 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     *_, expected = train.measure(model, [(train.normalise(make_numbers(40, 2)[0], "numbers"), None)])
     found = read_json(folder / "mechanism.json")
     assert found["correlation"] == approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
-    assert found["offset"] == approx(expected["offset"], abs=1e-5) and len(found["beta"]) == 128
     assert found["images"] == 40
     for name in ("beta", "offset"):
         assert found[f"{name}_variance"] == approx(np.var(found[name], ddof=1))
