@@ -229,8 +229,7 @@ def test_presets_are_the_recipes():
     lite = dict(deit, heads=4, norm_eps=1e-5, attn_drop=0.1, block_type="renorm", init="vit-lite", pe_std=0.2)
     presets = {"deit-tiny": deit, "deit-small": dict(deit, heads=6), "deit-base": dict(deit, heads=12),
                "vit-nano": dict(deit, heads=4, drop_path=0), "vit-lite": lite, "vit-lite-mini": lite}
-    own = {name: ViT.__init__.__kwdefaults__ | row for name, row in MODELS.items()}
-    assert {name: {key: row[key] for key in deit} for name, row in own.items()} == presets
+    assert {name: {key: sizes(name)[key] for key in deit} for name in MODELS} == presets
     norms = [module for module in create("vit-lite", "mpvg").modules() if isinstance(module, torch.nn.LayerNorm)]
     assert {norm.eps for norm in norms} == {1e-5}
 
