@@ -356,16 +356,14 @@ def test_compiled_equals_eager(method):
     model = tiny(method, depth=2).float().train()
     backend = "inductor" if method == "mpvg" else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-    x, y = images(dtype=torch.float32), torch.arange(4)
-    results = []
+
+    def loss_and_gradients(net):
+        loss = F.cross_entropy(net(images(dtype=torch.float32)), torch.arange(4))
+        return [loss, *torch.autograd.grad(loss, [*model.parameters()])]
+
     plain = torch._inductor.config.patch({"cpp.simdlen": 1})  # without SIMD it compiles faster
     with torch._dynamo.config.patch(error_on_recompile=True), plain:
-        for net in (model, compiled, compiled):
-            model.zero_grad()
-            loss = F.cross_entropy(net(x), y)
-            loss.backward()
-            results.append([loss.detach()] + [p.grad.clone() for p in model.parameters()])
-    eager, first, second = results
+        eager, first, second = map(loss_and_gradients, (model, compiled, compiled))
     assert_close(first, eager, rtol=1e-3, atol=1e-4)
     assert_close(second, first, rtol=1e-5, atol=1e-5)
 
@@ -641,7 +639,8 @@ def test_crop_boxes_are_pillows():
     theirs = [pil(image).crop((left, top, left + w, top + h)).resize((32, 32), how)
               for image, (top, left, h, w), how in zip(x, box.int().tolist(), RESAMPLING)]
     differences = torch.stack([difference(a, b) for a, b in zip(train.crop_boxes(x, box, BICUBIC), theirs)])
-    assert differences[:30].max() <= 1 and differences[30:].mean((1, 2, 3)).max() < 6
+    assert differences[:30].max() <= 1 and differences[:30].mean() < 0.2
+    assert differences[30:].mean((1, 2, 3)).max() < 6
     whole = torch.tensor([0.0, 0.0, 32.0, 32.0]).repeat(60, 1)
     assert torch.equal(train.crop_boxes(x, whole, BICUBIC), x)
 
