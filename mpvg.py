@@ -211,7 +211,6 @@ class ViT(nn.Module):
             raise ValueError(f"images are {tuple(images.shape)}, the model takes (B, *{self.image_shape}): "
                              "resize them or change image_size")
         delivered = self.delivered_pe()
-        last = self.last_norm_pe(delivered)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)     # (B, D, h, w) -> (B, N, D), row by row
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # from here on, N includes it
@@ -221,10 +220,8 @@ class ViT(nn.Module):
         x = x.to(self.norm.weight.dtype).contiguous()
         for block, e in zip(self.blocks, delivered):
             x = block(x, e)
-        y = self.norm(x)
-        if last is not None:
-            y = y + last  # MPVG. It does not depend on the image: under GAP it adds the same vector to every mean
-        return y
+        y, last = self.norm(x), self.last_norm_pe(delivered)
+        return y if last is None else y + last  # MPVG. Under GAP it adds the same vector to every image's mean
 
     def forward(self, images):
         """Images (B, C, H, W) -> logits (B, num_classes)."""
