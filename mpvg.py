@@ -194,13 +194,13 @@ class ViT(nn.Module):
         return delivered
 
     def last_norm_pe(self, delivered):
-        """-> what is added to the last norm's output, (1, N, D), for "shift" (D), or None for nothing."""
+        """-> what is added to the last norm's output, (1, N, D), for "shift" (1, 1, D), or None for nothing."""
         if self.last_pe is None:                                    # not `if self.last_pe`: MPVG's 0 is falsy
             return None
         if self.last_pe == 0:
             return self.pe_norm(self.pos_embed)                     # MPVG: LN'(pos_0)
         if self.last_pe == "shift":
-            return self.last_shift
+            return self.last_shift[None, None]
         if self.last_pe == "free":
             return self.pe_norm(self.last_pos_embed)
         return self.pe_norm(delivered[self.last_pe])                # Table 5: LN'(e_n)
@@ -303,7 +303,7 @@ def fold(model):
     for block, e in zip(folded.blocks, delivered):
         block.pe_norm = None if e is None else StoredPE(e)
     if last is not None:
-        folded.head.bias += folded.head.weight @ last.reshape(-1, last.shape[-1]).mean(dim=0)
+        folded.head.bias += folded.head.weight @ last.mean(dim=(0, 1))
         folded.last_pe = folded.pe_norm = folded.last_shift = folded.last_pos_embed = None
     return folded.eval()
 

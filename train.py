@@ -1412,7 +1412,7 @@ def watch_norms(model, images):
 def last_norm_offset(model):
     """-> (D): beta + mean of LN'(pos_0), which under GAP the last norm adds to every image's vector."""
     beta, last = model.norm.bias, model.last_norm_pe(model.delivered_pe())
-    return beta if last is None else beta + last.reshape(-1, len(beta)).mean(0)  # "shift" has one row
+    return beta if last is None else beta + last.mean((0, 1))
 
 
 def shuffle_patches(images, size, generator):
