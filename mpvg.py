@@ -216,8 +216,7 @@ class ViT(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # from here on, N includes it
         if self.add_input:
             x = x + self.pos_embed
-        # Without a class token x is still transposed (slow), and under autocast still bf16 if no pos_0 was added.
-        x = x.to(self.norm.weight.dtype).contiguous()
+        x = x.to(self.norm.weight.dtype).contiguous()  # fp32 even under autocast; a transposed x would be slow
         for block, e in zip(self.blocks, delivered):
             x = block(x, e)
         y, last = self.norm(x), self.last_norm_pe(delivered)
