@@ -60,11 +60,11 @@ MODELS = {  # other options keep ViT's defaults: 224x224 images, patches of 16, 
 MODELS["vit-lite-mini"] = MODELS["vit-lite"] | dict(dim=96)  # for experiments on a CPU
 
 
-def stochastic_depth(x, drop_path, training):
-    """Zeroes a branch, (B, N, D), for each sample with probability p = `drop_path`; divides the others by 1 - p."""
-    if drop_path > 0 and training:
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - drop_path)
-        x = x * (keep / (1 - drop_path))
+def stochastic_depth(x, p, training):
+    """Zeroes x, a branch's output (B, N, D), for each sample with probability p; divides the others by 1 - p."""
+    if p > 0 and training:
+        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - p)
+        x = x * (keep / (1 - p))
     return x
 
 
