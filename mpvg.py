@@ -141,9 +141,10 @@ class ViT(nn.Module):
                  mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, attn_drop=0.0, drop_path=0.0, block_type="prenorm",
                  init="deit", pe_init="learned", pe_std=0.02,
                  pe="absolute", pool="cls", last_pe=None, layer0=False, hierarchical=True, add_input=True):
-        check_options(**locals())  # its **_ takes self and __class__
+        is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
+        height, width = image_size if is_pair else (image_size, image_size)
+        check_options(**locals())  # its **_ takes what is no option, such as self
         super().__init__()
-        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         self.image_shape = (in_channels, height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.pool, self.last_pe, self.hierarchical = pool, last_pe, hierarchical
@@ -233,12 +234,10 @@ def check_word(name, value, choices):
         raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(map(str, choices))}")
 
 
-def check_options(*, image_size, patch_size, in_channels, num_classes, dim, depth, heads, mlp_ratio, qkv_bias, norm_eps,
-                  attn_drop, drop_path, block_type, init, pe_init, pe_std,
+def check_options(*, height, width, patch_size, in_channels, num_classes, dim, depth, heads, mlp_ratio, qkv_bias,
+                  norm_eps, attn_drop, drop_path, block_type, init, pe_init, pe_std,
                   pe, pool, last_pe, layer0, hierarchical, add_input, **_):
     """Raises ValueError for options that make no ViT. The model works without this check."""
-    is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
-    height, width = image_size if is_pair else (image_size, image_size)
     for name, value in dict(image_height=height, image_width=width, patch_size=patch_size, in_channels=in_channels,
                             num_classes=num_classes, dim=dim, depth=depth, heads=heads).items():
         if type(value) is not int or value < 1:
