@@ -149,13 +149,13 @@ class ViT(nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         self.pool, self.last_pe, self.hierarchical = pool, last_pe, hierarchical
         self.add_input = add_input and pe != "none"
-        patches, tokens = math.prod(self.grid), math.prod(self.grid) + (pool == "cls")
+        tokens = math.prod(self.grid) + (pool == "cls")
 
         # Parameter names are those of DeiT and timm (hence patch_embed.proj), and LaPE's pe_norm.
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         if pe_init == "sincos" and pe != "none":  # the class token has no place on the grid: a row of zeros
-            self.register_buffer("pos_embed", F.pad(sincos_pos_embed(self.grid, dim), (0, 0, tokens - patches, 0)))
+            self.register_buffer("pos_embed", F.pad(sincos_pos_embed(self.grid, dim), (0, 0, int(pool == "cls"), 0)))
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim)) if pe != "none" else None
         self.blocks = nn.ModuleList(
