@@ -274,7 +274,7 @@ def create(model, method, **overrides):
     """-> ViT of MODELS[model] with METHODS[method]; keywords override either. Raises ValueError for unknown names."""
     check_word("model", model, MODELS)
     check_word("method", method, METHODS)
-    return ViT(**{**MODELS[model], **METHODS[method], **overrides})
+    return ViT(**(MODELS[model] | METHODS[method] | overrides))
 
 
 class StoredPE(nn.Module):
