@@ -322,10 +322,10 @@ def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=0):
                          f"{sorted(grids)}: load_weights needs old_grid, the (h, w) that it was trained on")
     if tuple(new_grid) in fitting:
         return pos_embed
-    rows = pos_embed[:, prefix:].unflatten(1, fitting[0]).permute(0, 3, 1, 2)  # (1, D, h, w)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # a CPU does not resize half precision
-    rows = F.interpolate(rows, size=tuple(new_grid), mode="bicubic", antialias=True).to(pos_embed.dtype)
-    return torch.cat([pos_embed[:, :prefix], rows.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    table = pos_embed[:, prefix:].unflatten(1, fitting[0]).permute(0, 3, 1, 2)  # (1, D, h, w)
+    table = table.to(torch.promote_types(table.dtype, torch.float32))  # a CPU does not resize half precision
+    table = F.interpolate(table, size=new_grid, mode="bicubic", antialias=True).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :prefix], table.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def read_checkpoint(path):
