@@ -365,8 +365,7 @@ def extend_plain(model, state):
 def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=False):
     """Loads a checkpoint, a path or a state dict (DeiT's, timm's and LaPE's fit), into the model and returns the model.
 
-    A PE of another grid is resized; old_grid, (h, w) in patches, is needed unless exactly one of a square and the
-    model's grid fits the table.
+    A PE of another grid is resized; resize_pos_embed's docstring says when old_grid is needed.
     new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
     gap, pvg or mpvg: their new PE norms start at weight = bias = 0, so that the model starts as `gap`; a class
     token and its PE row are dropped. Raises ValueError and loads nothing where names, the PE's grid or shapes differ.
@@ -380,8 +379,8 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
     misfits = [f"missing {name}" for name in own if name not in state]
     misfits += [f"unexpected {name}" for name in state if name not in own]
     if not misfits:
-        for name in {"pos_embed", "last_pos_embed"} & own.keys():
-            if state[name].ndim == 3:
+        for name in ("pos_embed", "last_pos_embed"):
+            if name in own and state[name].ndim == 3:
                 state[name] = resize_pos_embed(state[name], old_grid, model.grid, int(model.cls_token is not None))
         misfits = [f"{name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
                    for name, value in own.items() if state[name].shape != value.shape]
