@@ -353,9 +353,9 @@ def extend_plain(model, state):
     """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
     if model.cls_token is not None or not model.add_input:
         raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
-    plain = not any("pe_norm" in name for name in state)  # else a trained norm may get a new one's 0, not pos_0
+    has_pe_norms = any("pe_norm" in name for name in state)  # PVG's: a new block norm's 0 would hide pos_0 from them
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
-           if name.startswith(("pe_norm", "last_shift")) or plain and "pe_norm" in name}
+           if name.startswith(("pe_norm", "last_shift")) or ("pe_norm" in name and not has_pe_norms)}
     state = new | state
     if state.pop("cls_token", None) is not None and "pos_embed" in state:
         state["pos_embed"] = state["pos_embed"][:, 1:]
