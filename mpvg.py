@@ -9,7 +9,7 @@ LayerNorm, to the output of the last LayerNorm (MPVG).
     pos_0   = pos_embed                                   the PE as it is learned, (1, N, D)
     x_0     = patch_embed(image) + pos_0                  LaPE: without pos_0
     e_1     = LN'_1(pos_0),  e_l = LN'_l(e_{l-1})         LaPE: one block earlier, e_0 = LN'_0(pos_0)
-    x'_l    = x_l + MSA(LN_l(x_l) + e_l)                  block 0: LN_0(x_0) alone, x_0 already holds pos_0
+    x'_l    = x_l + MSA(LN_l(x_l) + e_l)                  block 0: no e_0, x_0 already holds pos_0; LaPE: e_0
     x_{l+1} = x'_l + MLP(LN''_l(x'_l))                    ViT-Lite: LN''_l(x'_l) + MLP(LN''_l(x'_l))
     y       = LN(x_L) + LN'(pos_0)                        without LN'(pos_0) this is PVG
     logits  = head(mean of y over the tokens)             with a class token: head(its row of y)
