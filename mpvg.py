@@ -123,8 +123,8 @@ class ViT(nn.Module):
         init: "deit", or "vit-lite": Kaiming-normal patch convolution, class token starts at 0.
         attn_drop: dropout of attention probabilities.
         drop_path: stochastic depth, the last block's rate; it rises linearly from 0 in block 0.
-        pe_init, pe_std: "learned", from a normal of that standard deviation cut at +-2 (1 becomes 0.88), or "sincos",
-            not trained.
+        pe_init: "learned", or "sincos", which is not trained.
+        pe_std: a learned PE starts from a normal of this standard deviation, cut at +-2 (so pe_std=1 gives 0.88).
 
     Method (METHODS has the paper's combinations):
         pe: "absolute", added to the tokens once; "layerwise", delivered to the blocks' attention (see layer0); "none".
