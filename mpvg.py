@@ -52,12 +52,12 @@ MODELS = {  # other options keep ViT's defaults: 224x224 images, patches of 16, 
     "vit-lite":   dict(image_size=32, patch_size=4, num_classes=100, dim=256, depth=7, heads=4, mlp_ratio=2.0,
                        qkv_bias=False, norm_eps=1e-5, attn_drop=0.1, drop_path=0.1, block_type="renorm",
                        init="vit-lite", pe_std=0.2),
-    "vit-nano":   dict(image_size=32, patch_size=8, num_classes=100, dim=128, depth=4, heads=4, mlp_ratio=2.0),  # CPUs
+    "vit-nano":   dict(image_size=32, patch_size=8, num_classes=100, dim=128, depth=4, heads=4, mlp_ratio=2.0),
     "deit-tiny":  dict(dim=192, heads=3, drop_path=0.1),
     "deit-small": dict(dim=384, heads=6, drop_path=0.1),
     "deit-base":  dict(dim=768, heads=12, drop_path=0.1),
 }
-MODELS["vit-lite-mini"] = MODELS["vit-lite"] | dict(dim=96)  # for experiments on a CPU
+MODELS["vit-lite-mini"] = MODELS["vit-lite"] | dict(dim=96)  # as vit-nano, for experiments on a CPU
 
 
 def stochastic_depth(x, p, training):
