@@ -123,7 +123,7 @@ class ViT(nn.Module):
         init: "deit", or "vit-lite": Kaiming-normal patch convolution, class token starts at 0.
         attn_drop: dropout of attention probabilities.
         drop_path: stochastic depth, the last block's rate; it rises linearly from 0 in block 0.
-        pe_init: "learned", or "sincos", which is not trained.
+        pe_init: "learned", or "sincos", a fixed sine-cosine table.
         pe_std: a learned PE starts from a normal of this standard deviation, cut at +-2 (so pe_std=1 gives 0.88).
 
     Method (METHODS has the paper's combinations):
@@ -353,7 +353,7 @@ def extend_plain(model, state):
     """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
     if model.cls_token is not None or not model.add_input:
         raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
-    has_pe_norms = any("pe_norm" in name for name in state)  # PVG's: a new block norm's 0 would hide pos_0 from them
+    has_pe_norms = any("pe_norm" in name for name in state)  # PVG's: a new norm before them would pass on 0, not pos_0
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
            if name.startswith(("pe_norm", "last_shift")) or ("pe_norm" in name and not has_pe_norms)}
     state = new | state
@@ -365,7 +365,7 @@ def extend_plain(model, state):
 def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=False):
     """Loads a checkpoint, a path or a state dict (DeiT's, timm's and LaPE's fit), into the model and returns the model.
 
-    A PE of another grid is resized; resize_pos_embed's docstring says when old_grid is needed.
+    A PE of another grid is resized; old_grid, its (h, w) in patches, is needed if not square (see resize_pos_embed).
     new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
     gap, pvg or mpvg: their new PE norms start at weight = bias = 0, so that the model starts as `gap`; a class
     token and its PE row are dropped. Raises ValueError and loads nothing where names, the PE's grid or shapes differ.

@@ -626,7 +626,9 @@ def test_an_operation_is_pillows(name):
     x, m = photos(), 20 * torch.rand(60, generator=seeded(1)) - 10
     m[:3] = torch.tensor([0.0, 10.0, -10.0])
     warp = partial(train.warp, bicubic=BICUBIC, fill=torch.tensor(FILL, dtype=torch.float))
+    before = x.clone()
     mine = train.OPERATIONS[name](x, m.view(-1, 1, 1, 1), warp)
+    assert torch.equal(x, before)
     theirs = [pillow(name, pil(image), *rest) for image, *rest in zip(x, m.tolist(), RESAMPLING)]
     differences = torch.stack([difference(a, b) for a, b in zip(mine, theirs)])
     geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -832,8 +834,9 @@ def test_crops_are_pillows(files):
             assert difference(data[index, 0][0], theirs).max() <= 2, (index, short)
 
 
-def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd):
-    training, test = (train.load_split(FILES, split, files, CPU, workers=2) for split in ("train", "test"))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd, workers):
+    training, test = (train.load_split(FILES, split, files, CPU, workers) for split in ("train", "test"))
     cut, empty, after = 17 + 3, 17 + 4, 17 + 5  # class b's follow the 17 files of a
     path = training.samples[cut][0]
     train.warn.cache_clear()
@@ -991,7 +994,7 @@ def test_a_run_leaves_its_record(trained):
                   "\n    3 {loss:>8.4f} {test_accuracy:>8.2f} {lr:>10.2e} ".format(**log[-1]),
                   f"test accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch",
                   "(best: {test_accuracy:.2f} % after epoch {epoch})".format(**best),
-                  f"next, tables and figures: python train.py report {folder}"):
+                  f"next, tables and figures: python train.py report {folder}\n"):
         assert words in out
     assert sorted(path.name for path in folder.iterdir() if path.name != "mechanism.json") == [
         ".lock", "best.pt", "config.json", "last.pt", "log.jsonl"]
@@ -1667,8 +1670,9 @@ def test_a_setting_is_all_but_method_and_seed(trained, tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path, **_: path.touch() or drawn.update({
         (path.parent.name, path.stem): figure}))
-    ok(report(tmp_path, *folders, draw=True))
+    written = re.findall("figures in .*/(.*)", ok(report(tmp_path, *folders, draw=True)).out)
     folders = {title: title.replace(", ", "-").replace(" ", "-") for title in (nano, *settings)}
+    assert written == [*folders.values()]
     assert {key: [text.get_text() for legend in figure.legends for text in legend.get_texts()]
             for key, figure in drawn.items() if key[1][:6] in ("curves", "layers")} == {
         **{(folders[title], "curves"): variants for title in settings},

@@ -331,7 +331,7 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
     rows = choose_rows(torch.tensor(folder.targets), fraction, config["seed"])
     if workers is None:                                              # none on a CPU, which is busy training
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if device.type == "cpu" else min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16)
+        workers = 0 if device.type == "cpu" else min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 16)
     return FolderData([folder.samples[row] for row in rows.tolist()], config["image_size"], augment_on, workers,
                       config["crop_scale"] if train else None, config["bicubic"], crop_ratio)
 
@@ -899,7 +899,7 @@ def configure(flags):
         data=data, model=flags["model"] or dataset.model, method=method, overrides=overrides, seed=flags["seed"],
         **dataclasses.asdict(recipe), image_size=flags["image_size"] or dataset.image_size,
         num_classes=dataset.num_classes or count_classes(Path(flags["data_dir"])), fraction=flags["fraction"],
-        init=str(flags["init"]) if flags["init"] else None, freeze=flags["freeze"],
+        init=str(Path(flags["init"])) if flags["init"] else None, freeze=flags["freeze"],
         precision=flags["precision"] or default_precision(device),
         compile=flags["compile"] or ("on" if cuda else "off"))
     try:
@@ -1015,7 +1015,7 @@ def refuse_other_flags(folder, old, config):
     changed = [f"{key} was {old.get(key)}, is {value}" for key, value in config.items() if old.get(key) != value]
     if changed:
         raise SystemExit(f"error: {folder} was trained with other flags: {'; '.join(changed)}. Use the old ones, or "
-                         "another --runs or --name")
+                         "another --runs")
 
 
 def train_run(flags, config, folder, device):
