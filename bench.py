@@ -186,9 +186,7 @@ def run_table(table, names, setup):
 
 
 def speed(one, other):
-    """-> [median, low, high] of the rounds' ratios: one's speed over the other's, with a 95 % interval; or None."""
-    if other is None:
-        return None
+    """-> [median, low, high] of the rounds' ratios: one's speed over the other's, with a 95 % interval."""
     ratios, n = sorted(b / a for a, b in zip(one.seconds, other.seconds)), len(one.seconds)
     tails = itertools.accumulate(math.comb(n, i) / 2 ** n for i in range(n))         # as for n tosses of a coin
     first = max(0, sum(tail <= 0.025 for tail in tails) - 1)         # with fewer than 9 rounds it spans all ratios
@@ -225,8 +223,8 @@ def summarise(contestants, limits, notes, training, setup):
                    key=lambda other: speed(one, other), default=None)    # the fastest
         step = median(plain.seconds) / speed(one, plain)[0] if plain else median(one.seconds)
         rows.append(dict(
-            name=one.name, plain=plain and plain.name, speed_to_plain=speed(one, plain),
-            best_peer=best and best.name, speed_to_best_peer=speed(one, best),
+            name=one.name, plain=plain and plain.name, speed_to_plain=plain and speed(one, plain),
+            best_peer=best and best.name, speed_to_best_peer=best and speed(one, best),
             share_of_peak=median(limit / t for limit, t in zip(peak, one.seconds)),
             share_of_roofline=median(limit / t for limit, t in zip(roof, one.seconds)),
             images_per_second=setup.batch / step, flops_per_image=flops // setup.batch, bytes_per_step=moved,
