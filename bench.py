@@ -240,14 +240,13 @@ def as_text(table, result):
              f"{result['copy_bytes'] / 1e9:,.1f} GB/s, {result['attention'] or 'attention kernel unknown'}",
              f"{'':<17} {'x plain':<17} {'x best peer':<17} peak roof images/s {'ms (min-max)':<16}   MiB comp"]
     for row in result["rows"]:
-        plain, best = ("{:.3f} {:.3f}-{:.3f}".format(*row[key]) if row[key] else "-"
-                       for key in ("speed_to_plain", "speed_to_best_peer"))
+        x_plain, x_best = ("{:.3f} {:.3f}-{:.3f}".format(*row[key]) if row[key] else "-"
+                           for key in ("speed_to_plain", "speed_to_best_peer"))
         ms = "{} ({}-{})".format(*(f"{t:.{(t < 10) + (t < 100)}f}" for t in row["milliseconds"]))
-        memory = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2 ** 20:.0f}"
-        compiled = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f}"
-        lines.append(f"{row['name']:<17} {plain:<17} {best:<17} {row['share_of_peak']:>4.0%} "
-                     f"{row['share_of_roofline']:>4.0%} {row['images_per_second']:>8.1f} {ms:<16} {memory:>5} "
-                     f"{compiled:>4}")
+        mib = "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2 ** 20:.0f}"
+        comp = "-" if row["compile_seconds"] is None else f"{row['compile_seconds']:.0f}"
+        lines.append(f"{row['name']:<17} {x_plain:<17} {x_best:<17} {row['share_of_peak']:>4.0%} "
+                     f"{row['share_of_roofline']:>4.0%} {row['images_per_second']:>8.1f} {ms:<16} {mib:>5} {comp:>4}")
     return "\n".join(lines + [f"  {note}" for note in result["notes"]])
 
 
