@@ -216,19 +216,19 @@ def summarise(contestants, limits, notes, training, setup):
     rows = []
     for one in contestants:
         flops, moved = count_work(setup.sizes, one.pool, training, setup.batch, setup.dtype.itemsize)
-        peak = [flops / matmul.work * t for t in matmul.seconds]     # a step's seconds at the limit, round by round
-        roof = [max(p, moved / copy.work * t) for p, t in zip(peak, copy.seconds)]
+        at_peak = [flops / matmul.work * t for t in matmul.seconds]  # a step's seconds at the limit, round by round
+        at_roof = [max(p, moved / copy.work * t) for p, t in zip(at_peak, copy.seconds)]
         plain = next((other for other in contestants if other.name == PLAIN[one.pool]), None)
         best = min((other for other in contestants if other.pool == one.pool and other.name in PEERS),
                    key=lambda other: speed(one, other), default=None)    # the fastest
-        step = median(plain.seconds) / speed(one, plain)[0] if plain else median(one.seconds)
+        step_seconds = median(plain.seconds) / speed(one, plain)[0] if plain else median(one.seconds)
         rows.append(dict(
             name=one.name, plain=plain and plain.name, speed_to_plain=plain and speed(one, plain),
             best_peer=best and best.name, speed_to_best_peer=best and speed(one, best),
-            share_of_peak=median(limit / t for limit, t in zip(peak, one.seconds)),
-            share_of_roofline=median(limit / t for limit, t in zip(roof, one.seconds)),
-            images_per_second=setup.batch / step, flops_per_image=flops // setup.batch, bytes_per_step=moved,
-            milliseconds=[1000 * t for t in (step, min(one.seconds), max(one.seconds))], seconds=one.seconds,
+            share_of_peak=median(limit / t for limit, t in zip(at_peak, one.seconds)),
+            share_of_roofline=median(limit / t for limit, t in zip(at_roof, one.seconds)),
+            images_per_second=setup.batch / step_seconds, flops_per_image=flops // setup.batch, bytes_per_step=moved,
+            milliseconds=[1000 * t for t in (step_seconds, min(one.seconds), max(one.seconds))], seconds=one.seconds,
             **one.facts))
     return dict(matmul_flops=matmul.work / median(matmul.seconds), matmul_seconds=matmul.seconds,
                 copy_bytes=copy.work / median(copy.seconds), copy_seconds=copy.seconds,
