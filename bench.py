@@ -151,7 +151,7 @@ def look_inside(call, held, device):
     return held + peak if cuda or device.type == "cpu" else None, kernel
 
 
-def first_line(error):
+def explain(error):
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line + ": lower --batch" * ("out of memory" in str(error) or "allocate memory" in str(error))
 
@@ -168,7 +168,7 @@ def run_table(table, names, setup):
         try:
             contestants.append(make_contestant(name, table, batches, setup))
         except Exception as error:                                   # other libraries and compilers raise anything
-            problem = f"{name} failed: {first_line(error)}"
+            problem = f"{name} failed: {explain(error)}"
             if name not in PEERS:
                 raise SystemExit(f"error: {table}: {problem} (--tables can leave this table out)") from error
             notes.append(f"{problem} (left out)")
@@ -340,7 +340,7 @@ def main():
     try:
         app()
     except (OSError, RuntimeError) as error:                         # on a CPU, lack of memory is a RuntimeError
-        raise SystemExit(f"error: {first_line(error)}") from error
+        raise SystemExit(f"error: {explain(error)}") from error
 
 
 if __name__ == "__main__":
