@@ -256,8 +256,8 @@ def verdict(tables):
     return f"mpvg's speed relative to gap's, median (95 % interval): {', '.join(parts) or 'not measured'}."
 
 
-def words(option, text, known):
-    chosen = list(dict.fromkeys(word.strip() for word in text.split(","))) if text != "all" else [*known]
+def choose(option, text, known):
+    chosen = [*known] if text == "all" else list(dict.fromkeys(word.strip() for word in text.split(",")))
     for word in chosen:
         if word not in known:
             refuse(option, f"unknown {word!r}: choose from {', '.join(known)}")
@@ -302,8 +302,8 @@ def bench(
     MiB          weights, AdamW's moments and the peak of what a step allocates
     comp         seconds of compilation, few if torch finds the graph in its disk cache
     """
-    names = words("methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
-    tables, peers = words("tables", tables, TABLES), [] if peers == "none" else words("peers", peers, PACKAGES)
+    names = choose("methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
+    tables, peers = choose("tables", tables, TABLES), [] if peers == "none" else choose("peers", peers, PACKAGES)
     if any("training" in table for table in tables) and all(name.endswith("-folded") for name in names):
         refuse("methods", "folded models do not train: add a method")
     device = choose_device(device)
