@@ -303,7 +303,7 @@ def bench(
     comp         seconds of compilation, few if torch finds the graph in its disk cache
     """
     names = choose("methods", methods, [*METHODS, *(f"{name}-folded" for name in METHODS)])
-    tables, peers = choose("tables", tables, TABLES), [] if peers == "none" else choose("peers", peers, PACKAGES)
+    tables, packages = choose("tables", tables, TABLES), [] if peers == "none" else choose("peers", peers, PACKAGES)
     if any("training" in table for table in tables) and all(name.endswith("-folded") for name in names):
         refuse("methods", "folded models do not train: add a method")
     device = choose_device(device)
@@ -320,10 +320,10 @@ def bench(
     batch = batch or (128 if sizes["image_size"] == 32 else 16 if device.type == "cpu" else 256)
     setup = SimpleNamespace(sizes=sizes, device=device, batch=batch, mode=mode, rounds=rounds, precision=dtype,
                             dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    installed = [peer for peer in peers if util.find_spec(peer.replace("-", "_"))]
+    installed = [package for package in packages if util.find_spec(package.replace("-", "_"))]
     pools = {METHODS[name.removesuffix("-folded")]["pool"] for name in names}
     names += [name for name, pool in PEERS.items() if name.split()[0] in installed and pool in pools]
-    versions = {peer: metadata.version(peer) if peer in installed else "not installed" for peer in peers}
+    versions = {name: metadata.version(name) if name in installed else "not installed" for name in packages}
     header = environment(device) | versions | dict(model=model, batch=batch, dtype=dtype, mode=mode, rounds=rounds)
     text = ", ".join(f"{key} {value}" for key, value in header.items())
     print(textwrap.fill(text, 100, break_on_hyphens=False), flush=True)
