@@ -80,7 +80,7 @@ class Contestant:  # a model, or one of the machine's limits
         self.facts = {}                                              # memory and others
 
     def time(self, device):
-        synchronize = torch.accelerator.synchronize if device.type != "cpu" else lambda device: None
+        synchronize = torch.accelerator.synchronize if device.type != "cpu" else torch.cpu.synchronize
         synchronize(device)                                          # earlier work on the device is not timed
         start = time.perf_counter()
         for _ in range(self.repeat):
