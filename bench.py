@@ -48,7 +48,7 @@ def build(name, sizes):
     if name in PEERS:
         return build_peer(name.split()[0], PEERS[name] == "gap", **sizes), PEERS[name]
     model = ViT(**{**sizes, **METHODS[name.removesuffix("-folded")]})
-    return fold(model) if name.endswith("-folded") else model, model.pool
+    return (fold(model) if name.endswith("-folded") else model), model.pool
 
 
 def build_peer(package, gap, image_size, patch_size, num_classes, dim, depth, heads, mlp_ratio, qkv_bias, **_):
@@ -148,7 +148,7 @@ def look_inside(call, held, device):
     peak = torch.cuda.max_memory_allocated(device) if cuda else max(itertools.accumulate(changes), default=0)
     kernels = [e.key.removeprefix(prefix) for e in trace.key_averages() if e.key.startswith(prefix)]
     kernel = next((kernel for kernel in kernels if "backward" not in kernel), None)
-    return held + peak if cuda or device.type == "cpu" else None, kernel
+    return (held + peak if cuda or device.type == "cpu" else None), kernel
 
 
 def explain(error):
