@@ -5,7 +5,7 @@
     python bench.py --methods gap,mpvg,mpvg-folded --tables inference-compiled --json FILE
 
 Each round times the machine's limits (a large copy, a matrix product), then all contestants of a table in random
-order. A slowdown of the machine mostly affects all of a round and cancels in its ratios; their median is reported.
+order. A slowdown of the machine largely cancels in a round's ratios; the median over the rounds is reported.
 """
 import ctypes
 import itertools
@@ -117,7 +117,7 @@ def make_contestant(name, table, batches, setup):
         return getattr(output, "logits", output)                     # transformers wraps them
 
     if compiled:
-        # torch.compile keeps graphs by code object. A copy for each contestant: none checks another's guards.
+        # torch.compile keeps graphs by code object: each contestant gets its own, so none checks another's guards.
         forward.__code__ = forward.__code__.replace(co_name=name)
         forward = torch.compile(forward, fullgraph=True, dynamic=False, mode=setup.mode)
     step = make_train_step(forward, optimizer, 0.1, setup.precision) if training else lambda images, _: forward(images)

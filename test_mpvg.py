@@ -628,7 +628,7 @@ def test_an_operation_is_pillows(name):
     warp = partial(train.warp, bicubic=BICUBIC, fill=torch.tensor(FILL, dtype=torch.float))
     before = x.clone()
     mine = train.OPERATIONS[name](x, m.view(-1, 1, 1, 1), warp)
-    assert torch.equal(x, before)
+    assert torch.equal(x, before) and mine.dtype == torch.uint8 and mine.shape == x.shape
     theirs = [pillow(name, pil(image), *rest) for image, *rest in zip(x, m.tolist(), RESAMPLING)]
     differences = torch.stack([difference(a, b) for a, b in zip(mine, theirs)])
     geometric = name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -1629,6 +1629,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
     *_, expected = train.measure(model, [(train.normalise(make_numbers(40, 2)[0], "numbers"), None)])
     found = read_json(folder / "mechanism.json")
     assert found["correlation"] == approx(expected["correlation"], abs=1e-5) and found["correlation"][0] is None
+    assert found["offset"] == approx(expected["offset"], abs=1e-5) and len(found["beta"]) == 128
     assert found["images"] == 40
     for name in ("beta", "offset"):
         assert found[f"{name}_variance"] == approx(np.var(found[name], ddof=1))

@@ -1244,9 +1244,9 @@ def as_table(title, head, rows, note):
 
 
 RESULTS_NOTE = """\
-Test accuracy: mean +- standard deviation over n seeds. Differences are paired by seed: for one
-or two seeds each of them, else their mean +- half of a 95 % confidence interval, not corrected
-for the number of methods. Best epoch: chosen by test accuracy. Seconds per run.
+Test accuracy: mean +- standard deviation over n seeds. Differences are paired by seed. One or two
+are listed; of more, the mean +- half of a 95 % confidence interval, not corrected for the number
+of methods. Best epoch: chosen by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
 Differences are paired by seed; +- is half of the confidence interval of that level. Verdicts are on
