@@ -34,7 +34,8 @@ from torch import nn
 
 __version__ = "1.0.0"
 
-# Everything that distinguishes a method is in its row. ViT's docstring explains the options.
+# Everything that distinguishes a method is in its row; ViT's docstring explains the options. A new PE is a new option,
+# for delivered_pe or pe_after_last_norm, and a row here: train.py and bench.py take it by its name.
 METHODS = {
     "default":     dict(pe="absolute", pool="cls"),  # ViT, DeiT
     "gap":         dict(pe="absolute", pool="gap"),
@@ -194,7 +195,7 @@ class ViT(nn.Module):
             delivered.append(e)
         return delivered
 
-    def last_norm_pe(self, delivered):
+    def pe_after_last_norm(self, delivered):
         """-> what is added to the last norm's output, (1, N, D), for "shift" (1, 1, D), or None for nothing."""
         if self.last_pe is None:                                    # not `if self.last_pe`: MPVG's 0 is falsy
             return None
@@ -220,7 +221,7 @@ class ViT(nn.Module):
         x = x.to(self.norm.weight.dtype).contiguous()  # fp32 even under autocast; a transposed x would be slow
         for block, e in zip(self.blocks, delivered):
             x = block(x, e)
-        y, last = self.norm(x), self.last_norm_pe(delivered)
+        y, last = self.norm(x), self.pe_after_last_norm(delivered)
         return y if last is None else y + last  # MPVG. Under GAP it adds the same vector to every image's mean
 
     def forward(self, images):
@@ -297,7 +298,7 @@ def fold(model):
     """
     folded = copy.deepcopy(model).requires_grad_(False)
     delivered = folded.delivered_pe()
-    last = folded.last_norm_pe(delivered)
+    last = folded.pe_after_last_norm(delivered)
     for block, e in zip(folded.blocks, delivered):
         block.pe_norm = None if e is None else StoredPE(e)
     if last is not None:

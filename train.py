@@ -565,7 +565,7 @@ def parameter_groups(model, weight_decay, decay_pe):
     """Two groups for AdamW: matrices decay, biases and norms do not; PE tables and the class token only if asked."""
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        pe_or_cls = name in ("pos_embed", "last_pos_embed", "cls_token")
+        pe_or_cls = name.endswith(("pos_embed", "cls_token"))
         if parameter.requires_grad:
             groups[parameter.ndim > 1 and (decay_pe or not pe_or_cls)].append(parameter)
     return [dict(params=groups[True], weight_decay=weight_decay), dict(params=groups[False], weight_decay=0.0)]
@@ -959,17 +959,18 @@ def train_command(
     fraction: float = flag("Share of each class's training images to use.", default=1.0, min=0.001, max=1),
     image_size: int | None = flag("Side in pixels that imagenet's files are cropped to.", min=1, shown="224"),
     workers: int | None = flag("Processes that decode files, for each training process.", min=0,
-                               shown="cores, at most 16; 0 on a CPU"),
+                               shown="its share of the cores, at most 16; 0 on a CPU"),
     epochs: int | None = flag("Passes over the training images. A short run warms up for a tenth of its epochs.",
                               shown="the recipe's"),
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
     recipe: str | None = flag("Other values of the recipe: mixup=0,erase=0.1. A wrong name lists them all."),
-    init: Path | None = flag("Checkpoint to start from; the head is new for another --data or number of classes."),
+    init: Path | None = flag("Run or checkpoint to start from; another --data or number of classes gets a new head."),
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
     device: str = DEVICE,
-    precision: Literal["fp32", "bf16"] | None = flag("bf16: autocast; fp32 uses TF32 on CUDA.", shown="bf16 on CUDA"),
+    precision: Literal["fp32", "bf16"] | None = flag(
+        "bf16: autocast; fp32 uses TF32 on CUDA.", shown="bf16 if CUDA has it, else fp32"),
     compile: Literal["off", "on", "graphs"] | None = flag(
         "torch.compile; graphs: each step as one CUDA graph.", shown="on with CUDA"),
     accumulate: int = flag("Gradient accumulation: split each batch into this many parts.", default=1, min=1),
@@ -1089,15 +1090,16 @@ def initialise(model, path, config):
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def sweep(
     ctx: typer.Context,
-    methods: str = flag("Comma-separated methods, each as for --method: default,mpvg,mpvg:layer0=true.",
+    methods: str = flag("Comma-separated methods, each as for --method; the table compares them with the first.",
                         default="default,lape,pvg,mpvg"),
     seeds: int = flag("Run each method with seeds 0 to N - 1.", default=3, min=1),
     jobs: int = flag("Number of runs at a time; with two or more, each prints to RUNS/NAME.txt.", default=1, min=1),
 ):
     """Train every method with every seed.
 
-    Skips finished runs and resumes stopped ones. Prints a table of these runs and saves it as RUNS/sweep.md. Takes all
-    flags of `python train.py` except --method, --pe, --pool, --mpvg, --seed, --name, --resume and --overwrite.
+    Skips finished runs, even if the code has changed since, and resumes stopped ones. Prints a table of these runs and
+    saves it as RUNS/sweep.md. Takes all flags of `python train.py` except --method, --pe, --pool, --mpvg, --seed,
+    --name, --resume and --overwrite.
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
@@ -1245,8 +1247,8 @@ def as_table(title, head, rows, note):
 
 RESULTS_NOTE = """\
 Test accuracy: mean +- standard deviation over n seeds. Differences are paired by seed. One or two
-are listed; of more, the mean +- half of a 95 % confidence interval, not corrected for the number
-of methods. Best epoch: chosen by test accuracy. Seconds per run.
+are listed; for more, it is the mean +- half of a 95 % confidence interval, not corrected for the
+number of methods. Best epoch: chosen by test accuracy. Seconds per run.
 """
 CONTRASTS_NOTE = """\
 Differences are paired by seed; +- is half of the confidence interval of that level. Verdicts are on
@@ -1411,7 +1413,7 @@ def watch_norms(model, images):
 
 def last_norm_offset(model):
     """-> (D): beta + mean of LN'(pos_0), which under GAP the last norm adds to every image's vector."""
-    beta, last = model.norm.bias, model.last_norm_pe(model.delivered_pe())
+    beta, last = model.norm.bias, model.pe_after_last_norm(model.delivered_pe())
     return beta if last is None else beta + last.mean((0, 1))
 
 
@@ -1437,7 +1439,7 @@ def measure(model, batches):
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
     delivered = model.delivered_pe()
     pe = [None if e is None else e.detach().expand(1, *tokens.shape[1:])[0].cpu()
-          for e in (*delivered, model.last_norm_pe(delivered))]
+          for e in (*delivered, model.pe_after_last_norm(delivered))]
     correlation = [None if e is None or e.min() == e.max() else      # undefined for a constant PE
                    np.corrcoef(t.flatten(), e.flatten())[0, 1].item() for t, e in zip(tokens, pe)]  # Figure 4
     beta, offset = model.norm.bias, last_norm_offset(model)
