@@ -1635,7 +1635,7 @@ def test_report_measures_draws_and_needs_no_weights(trained, tmp_path):
         assert found[f"{name}_variance"] == approx(np.var(found[name], ddof=1))
     torch.manual_seed(3)
     fresh = create("vit-nano", "mpvg")
-    before = fresh.last_norm_pe(fresh.delivered_pe()).mean(1)[0].tolist()
+    before = fresh.pe_after_last_norm(fresh.delivered_pe()).mean(1)[0].tolist()
     assert found["offset_before"] == approx(before, abs=1e-6)
     report(tmp_path, folder, "--images 15")
     assert read_json(folder / "mechanism.json")["images"] == 14  # at most 15: every third
@@ -2077,13 +2077,17 @@ class Plain(nn.Module):
 """
 
 
-def test_the_readmes_diff_turns_a_plain_vit_into_mpvg():
-    text = PLAIN
-    for part in code(README, "# class Block", "diff").split("\n\n"):
-        lines = [line for line in part.splitlines() if "# class" not in line]
+def patched(text, diff):
+    for part in diff.split("\n\n"):
+        lines = [line for line in part.splitlines() if not line.startswith(" #")]
         old, new = ("\n".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
         assert text.count(old) == 1, old
         text = text.replace(old, new)
+    return text
+
+
+def test_the_readmes_diff_turns_a_plain_vit_into_mpvg():
+    text = patched(PLAIN, code(README, "# class Block", "diff"))
     for source, method in ((PLAIN, "gap"), (text, "mpvg")):
         exec(source, shown := vars(mpvg) | dict(mpvg=mpvg))
         model, mine = tiny(method, norm_eps=1e-5), shown["Plain"](16, 3, 2).double()
@@ -2092,6 +2096,17 @@ def test_the_readmes_diff_turns_a_plain_vit_into_mpvg():
             parameter.data = model.state_dict()[name.replace("last_pe_norm", "pe_norm")]
         assert sum(1 for _ in mine.parameters()) == len(model.state_dict())
         assert_same(mine(images()), model(images()))
+
+
+def test_the_guides_diff_adds_a_method():
+    exec(patched((ROOT / "mpvg.py").read_text(), code(GUIDE, "# METHODS", "diff")), own := dict(__name__="own"))
+    plain, again = (own["create"]("vit-nano", name).eval() for name in ("mpvg", "mpvg-again"))
+    again.load_state_dict(plain.state_dict())
+    x, pos_0 = torch.randn(2, 3, 32, 32), plain.pos_embed
+    e_1, e_2 = again.delivered_pe()[1:3]
+    assert_same(e_1, plain.delivered_pe()[1])
+    assert_same(e_2, again.blocks[2].pe_norm(e_1 + pos_0))
+    assert_close(own["fold"](again)(x), again(x))
 
 
 def test_the_python_of_readme_and_guide_runs(trained, tmp_path, monkeypatch, capsys):
