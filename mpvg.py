@@ -34,8 +34,8 @@ from torch import nn
 
 __version__ = "1.0.0"
 
-# Everything that distinguishes a method is in its row; ViT's docstring explains the options. A new PE is a new option,
-# for delivered_pe or pe_after_last_norm, and a row here: train.py and bench.py take it by its name.
+# Everything that distinguishes a method is in its row; ViT's docstring explains the options. A PE of your own needs an
+# option of ViT, which delivered_pe or pe_after_last_norm uses, and a row here.
 METHODS = {
     "default":     dict(pe="absolute", pool="cls"),  # ViT, DeiT
     "gap":         dict(pe="absolute", pool="gap"),
