@@ -792,7 +792,7 @@ def test_cifar100_is_torchvisions(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """An ImageFolder of three classes; in train/b the fourth file is cut off and the fifth is empty."""
-    root, pixels = tmp_path_factory.mktemp("files"), iter(make_numbers(66, 4)[0])
+    root, pixels = tmp_path_factory.mktemp("my files"), iter(make_numbers(66, 4)[0])
     for split, count in (("train", 17), ("val", 5)):
         for name in "abc":
             (root / split / name).mkdir(parents=True)
@@ -1202,7 +1202,7 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     assert {call.kwargs["num_workers"] for call in loader.call_args_list} == {2}
     assert "48 training images, 15 test images" in result.out
     folder = tmp_path / "mpvg-vit-nano-imagenet-seed0"
-    assert result.out.endswith(f"train.py report {folder} --data-dir {files}\n")
+    assert result.out.endswith(f"train.py report {folder} --data-dir '{files}'\n")
     last = log_of(folder)[-1]
     assert last["unreadable"] >= 2 and load(folder)["config"]["num_classes"] == 3
     again = ok(evaluation(folder, "--data-dir", files)).out

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -1059,10 +1060,10 @@ def train_run(flags, config, folder, device):
         save_record(folder, checkpoint["config"], checkpoint["log"])
     log = fit(config, recipe, model, data, folder, device, flags["accumulate"], checkpoint)
     best = max(log, key=lambda line: line["test_accuracy"])
+    command = ["report", str(folder)] + ["--data-dir", str(flags["data_dir"])] * (config["data"] != "numbers")
     print_main(f"\ntest accuracy {log[-1]['test_accuracy']:.2f} % after the last epoch (best: "
                f"{best['test_accuracy']:.2f} % after epoch {best['epoch']}); weights in {folder / 'last.pt'}\n"
-               f"next, tables and figures: python train.py report {folder}"
-               + f" --data-dir {flags['data_dir']}" * (config["data"] != "numbers"))
+               f"next, tables and figures: python train.py {shlex.join(command)}")
 
 
 def initialise(model, path, config):
