@@ -58,7 +58,7 @@ MODELS = {  # other options keep ViT's defaults: 224x224 images, patches of 16, 
     "deit-small": dict(dim=384, heads=6, drop_path=0.1),
     "deit-base":  dict(dim=768, heads=12, drop_path=0.1),
 }
-MODELS["vit-lite-mini"] = MODELS["vit-lite"] | dict(dim=96)  # as vit-nano, for experiments on a CPU
+MODELS["vit-lite-mini"] = MODELS["vit-lite"] | dict(dim=96)  # like vit-nano, for experiments on a CPU
 
 
 def stochastic_depth(x, p, training):
@@ -144,7 +144,7 @@ class ViT(nn.Module):
                  pe="absolute", pool="cls", last_pe=None, layer0=False, hierarchical=True, add_input=True):
         is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
         height, width = image_size if is_pair else (image_size, image_size)
-        check_options(**locals())  # its **_ takes what is no option, such as self
+        check_options(**locals())  # its **_ takes what is not an option, such as self
         super().__init__()
         self.image_shape = (in_channels, height, width)
         self.grid = (height // patch_size, width // patch_size)
@@ -171,7 +171,7 @@ class ViT(nn.Module):
         self.init_weights(init, pe_std)
 
     def init_weights(self, init, pe_std):
-        """Norms keep torch's weight 1 and bias 0. PE tables are drawn last: all methods share the other weights."""
+        """Norms and DeiT's convolution keep torch's init. PE tables are drawn last: methods share the other weights."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -238,7 +238,7 @@ def check_word(name, value, choices):
 def check_options(*, height, width, patch_size, in_channels, num_classes, dim, depth, heads, mlp_ratio, qkv_bias,
                   norm_eps, attn_drop, drop_path, block_type, init, pe_init, pe_std,
                   pe, pool, last_pe, layer0, hierarchical, add_input, **_):
-    """Raises ValueError for options that make no ViT. The model works without this check."""
+    """Raises ValueError for invalid options. The model works without this check."""
     for name, value in dict(image_height=height, image_width=width, patch_size=patch_size, in_channels=in_channels,
                             num_classes=num_classes, dim=dim, depth=depth, heads=heads).items():
         if type(value) is not int or value < 1:
@@ -354,7 +354,7 @@ def extend_plain(model, state):
     """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
     if model.cls_token is not None or not model.add_input:
         raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
-    has_pe_norms = any("pe_norm" in name for name in state)  # PVG's: a new norm before them would pass on 0, not pos_0
+    has_pe_norms = any("pe_norm" in name for name in state)  # then a new one at 0 would feed them 0, not pos_0
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
            if name.startswith(("pe_norm", "last_shift")) or ("pe_norm" in name and not has_pe_norms)}
     state = new | state

@@ -1,4 +1,4 @@
-"""Train the Vision Transformers of mpvg.py: one run, or a sweep over methods and seeds with the paper's figures.
+"""Train the Vision Transformers of mpvg.py: one run, or a sweep over methods and seeds; print tables, draw figures.
 
     python train.py --pe layerwise --pool gap --mpvg               # MPVG; plain `python train.py` does the same
     python train.py --data cifar100 --method lape                  # another method of the paper, by name
@@ -59,7 +59,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there ar
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Every number of a training recipe. `--recipe mixup=0,erase=0.1` replaces any of them."""
-    epochs: int                      # passes over the training images, warm-up and cool-down included
+    epochs: int                      # of len(images) // batch_size steps; warm-up and cool-down included
     batch_size: int                  # images per step, over all processes
     lr: float                        # AdamW's peak learning rate
     weight_decay: float              # of matrices; biases and norms are not decayed
@@ -79,7 +79,7 @@ class Recipe:
     mixup: float = 0.0               # alpha of mixup's Beta distribution; with CutMix, each step takes one of the two
     cutmix: float = 0.0              # alpha of CutMix's Beta distribution
     erase: float = 0.0               # probability of random erasing
-    erase_first: bool = False        # erase before mixing (DeiT) or after it (ViT-Lite)?
+    erase_first: bool = False        # True: erase, then mix (DeiT); False: mix, then erase (ViT-Lite)
 
     def __post_init__(self):
         least = dict(epochs=1, batch_size=1, repeats=1, crop_scale=0.01)
@@ -155,7 +155,7 @@ class DataSpec:
     std: tuple
 
 
-# cifar100: ViT-Lite's recipe, Compact-Transformers' cifar100.yml. imagenet: DeiT's, its main.py, where lr is
+# cifar100: ViT-Lite's recipe, Compact-Transformers' cifar100.yml. imagenet: DeiT's main.py, where lr is
 # 5e-4 for every 512 images of a batch. To add a data set in memory, write a loader and a row.
 DATASETS = {
     "numbers": DataSpec(
@@ -179,7 +179,7 @@ DATASETS = {
 
 
 def to_device(tensor, device):
-    """A copy that does not make the host wait for a GPU."""
+    """-> the tensor on the device; the host does not wait for a GPU."""
     if device.type == "cuda":
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -195,7 +195,7 @@ class ArrayData:
         return len(self.labels)
 
     def chunks(self, order, seeds, columns):
-        """Yields (seed, images (S, B, 3, H, W), labels (S, B)), S steps at a time, for one call of prepare().
+        """Yields (the first step's seed, images (S, B, 3, H, W), labels (S, B)) of S steps, for one call of prepare().
 
         order: indices, (steps, batch size); seeds: one per step; columns: this process's part of each batch, a slice.
         """
@@ -216,7 +216,7 @@ def decode(path):
     return v2.pil_to_tensor(Image.open(path).convert("RGB"))         # uint8 (3, height, width)
 
 
-@cache  # once for each file, in each worker process of an epoch
+@cache  # once for each file and process; workers are new in each epoch
 def warn(path, reason):
     tqdm.write(f"warning: {path} cannot be decoded and is skipped ({reason})", sys.stderr)
 
@@ -330,7 +330,7 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
         raise SystemExit(f"error: {folder.root} has {len(folder.classes)} classes, the model "
                          f"{config['num_classes']}: set --data-dir to the folder it was trained on")
     rows = choose_rows(torch.tensor(folder.targets), fraction, config["seed"])
-    if workers is None:                                              # none on a CPU, which is busy training
+    if workers is None:                                              # 0 on a CPU, which is busy training
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if device.type == "cpu" else min(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), 16)
     return FolderData([folder.samples[row] for row in rows.tolist()], config["image_size"], augment_on, workers,
@@ -343,7 +343,7 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
 
 def interpolate(x, u, v, bicubic):
     """x at (u, v), places from -1 to 1 that broadcast to (B, 1, H, W). bicubic: False for bilinear."""
-    u, v, _ = torch.broadcast_tensors(u, v, bicubic)
+    u, v, _ = torch.broadcast_tensors(u, v, bicubic)                 # bicubic, (B, 1, 1, 1), gives B
     grid = torch.stack([u, v], dim=-1)[:, 0]                         # (B, H, W, 2)
     cubic, linear = (F.grid_sample(x.float(), grid, mode, "border", align_corners=False)
                      for mode in ("bicubic", "bilinear"))
@@ -372,7 +372,7 @@ def crop_boxes(x, box, bicubic):
 
 def blend(base, x, m):
     """base + (1 + 0.09 m)(x - base): a smaller or a greater difference from `base`."""
-    factor, base = (1 + 0.09 * m).clamp(min=0.1), base.float()
+    factor, base = (1 + 0.09 * m).clamp(min=0.1), base.float()       # m = -10 gives 0.09999996
     return (base + factor * (x - base)).clamp(0, 255).to(torch.uint8)
 
 
@@ -400,8 +400,8 @@ OPERATIONS = {
 def draw_boxes(count, side, area, max_ratio, whole):
     """-> (count, 4) top, left, height, width: the first of ten random boxes that fits, or zeros.
 
-    side: of the images; area: least and greatest share of the image, uniform; max_ratio: of a box's sides,
-    log-uniform, either may be longer; whole: may a box be as long as the image.
+    side: of the images; area: range of a box's share of the image, drawn uniformly; max_ratio: of its longer side to
+    its shorter, drawn log-uniformly; whole: may a box be as high or as wide as the image?
     """
     u_area, u_ratio, *u_start = torch.rand(4, 10, count)
     pixels = side * side * (area[0] + (area[1] - area[0]) * u_area)
@@ -441,8 +441,8 @@ def draw_mixing(steps, side, recipe):
     """-> (steps, side, side): how much of its own pixels an image keeps: mixup's lambda, or 0 in CutMix's box."""
     is_cutmix = torch.rand(steps, 1, 1) < (0.5 if recipe.mixup and recipe.cutmix else float(recipe.cutmix > 0))
     lam_cut, lam_mix = (torch.distributions.Beta(alpha, alpha).sample((steps, 1))
-                        for alpha in (recipe.cutmix or 1.0, recipe.mixup or 1.0))
-    half = (side / 2 * (1 - lam_cut).sqrt()).floor()                 # an odd side loses a pixel, as in timm
+                        for alpha in (recipe.cutmix or 1.0, recipe.mixup or 1.0))    # where off, 1.0 and unused
+    half = (side / 2 * (1 - lam_cut).sqrt()).floor()                 # a box of odd side loses a pixel, as in timm
     middle = (torch.rand(steps, 2) * side).floor()
     low, high = (middle - half).clamp(min=0), (middle + half).clamp(max=side)
     outside = ~box_mask(torch.cat([low, high - low], dim=1), side)
@@ -457,9 +457,9 @@ def augment(x, draws, recipe, fill):
     if recipe.crop_scale < 1:
         x = crop_boxes(x, to_device(draws["crop"], x.device), drawn("crop_bicubic"))
     x = torch.where(drawn("flip"), x.flip(3), x)
-    for turn, chosen in enumerate(draws["operation"].T):             # chosen (B,): numbers of operations
+    for turn, chosen in enumerate(draws["operation"].T):             # chosen (B,): indices of OPERATIONS, or -1
         m, bicubic = drawn("magnitude")[:, turn], drawn("bicubic")[:, turn]
-        for number, operation in enumerate(OPERATIONS.values()):     # each once, on all of its images
+        for number, operation in enumerate(OPERATIONS.values()):     # one call for all images that drew it
             rows = to_device((chosen == number).nonzero()[:, 0], x.device)
             if len(rows):
                 x[rows] = operation(x[rows], m[rows], partial(warp, bicubic=bicubic[rows], fill=fill))
@@ -543,7 +543,7 @@ def train_batches(data, recipe, config, epoch, rank=0, world_size=1):
             draws = draw_augmentation(len(labels) * size, side, recipe)
             keep = draw_mixing(len(labels), side, recipe) if recipe.mixes else None
         draws = {name: draw.unflatten(0, (-1, size))[:, columns].flatten(0, 1) for name, draw in draws.items()}
-        noise_seed = seed + 2**31 + rank                             # no crop has it, even if a CPU cuts it to 32 bits
+        noise_seed = seed + 2**31 + rank                             # no crop's seed, even modulo 2**32, as on a CPU
         images, targets = prepare(images, labels, draws, keep, recipe, config["data"], classes, noise_seed)
         yield from zip(images, targets)
 
@@ -601,9 +601,9 @@ def capture(train_step, optimizer, example):
         loss = train_step(*example)
 
     def replay(*batch):
-        lr.fill_(optimizer.param_groups[0]["lr"])
-        for place, tensor in zip(example, batch):
-            place.copy_(tensor)
+        lr.fill_(optimizer.param_groups[0]["lr"])                    # fit has put a number there; the graph reads lr
+        for static, tensor in zip(example, batch):
+            static.copy_(tensor)
         graph.replay()
         return loss
 
@@ -612,7 +612,7 @@ def capture(train_step, optimizer, example):
 
 @torch.no_grad()
 def evaluate(model, test_data, config, device):
-    """-> test accuracy in percent and mean loss, over all processes. Leaves the model in training mode."""
+    """-> dict of test accuracy, in percent, and mean loss, over all processes. Leaves the model in training mode."""
     hits, losses, size = 0.0, 0.0, None
     model.eval()
     for images, labels in test_data.test_batches(RANK, WORLD_SIZE):
@@ -621,8 +621,8 @@ def evaluate(model, test_data, config, device):
         labels = F.pad(labels, (0, size - len(labels)), value=-1).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
             logits = model(normalise(images.to(device), config["data"]))
-        hits = hits + (logits.argmax(1) == labels).sum()
-        losses = losses + F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
+        hits += (logits.argmax(1) == labels).sum()
+        losses += F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
     model.train()
     hits, losses = sum_over_processes(hits, losses)
     if not math.isfinite(losses):                                    # before anything is saved
@@ -631,7 +631,7 @@ def evaluate(model, test_data, config, device):
 
 
 def set_up(config, recipe, model, test_data, device, accumulate, checkpoint):
-    """-> net, the model, compiled if config says so; the optimizer, with the checkpoint's state; train_step."""
+    """-> net (the model, compiled if config says so), the optimizer (with the checkpoint's state), train_step."""
     net = model if config["compile"] == "off" else torch.compile(model, fullgraph=True, dynamic=False)
     parallel = DistributedDataParallel(net) if WORLD_SIZE > 1 else net
     graphs = config["compile"] == "graphs"
@@ -850,7 +850,7 @@ def choose_method(flags):
     elif pe or pool or mpvg:
         refuse("method", "it replaces --pe, --pool and --mpvg: leave those out")
     method, _, options = text.partition(":")
-    names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # follow the data
+    names = ViT.__init__.__kwdefaults__.keys() - {"image_size", "in_channels", "num_classes"}  # the data sets these
     return method, parse_assignments("method", options, ":", sorted(names))
 
 
@@ -920,7 +920,7 @@ def build_model(config):
 
 
 def method_label(config):
-    """-> the method's name with the options that differ from it: mpvg-layer0=True."""
+    """-> the method's name and the options given after it: mpvg-layer0=True."""
     overrides = {name: f"{value:g}" if type(value) is float else value for name, value in config["overrides"].items()}
     return "-".join([config["method"], *(f"{name}={value}" for name, value in overrides.items())])
 
@@ -929,7 +929,7 @@ def run_folder(flags, config):
     name = flags["name"] or f"{method_label(config)}-{config['model']}-{config['data']}-seed{config['seed']}"
     if Path(name).name != name or name == ".." or len(os.fsencode(name)) > 200:
         refuse("name", f"{name!r} must be one folder name of at most 200 bytes; --runs sets its parent")
-    return Path(flags["runs"]) / name                                # in a sweep, older typers pass text
+    return Path(flags["runs"]) / name                                # in a sweep, older versions of typer pass text
 
 
 def environment(device):
@@ -961,7 +961,7 @@ def train_command(
     image_size: int | None = flag("Side in pixels that imagenet's files are cropped to.", min=1, shown="224"),
     workers: int | None = flag("Processes that decode files, for each training process.", min=0,
                                shown="its share of the cores, at most 16; 0 on a CPU"),
-    epochs: int | None = flag("Passes over the training images. A short run warms up for a tenth of its epochs.",
+    epochs: int | None = flag("Number of epochs. A short run warms up for a tenth of them.",
                               shown="the recipe's"),
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
@@ -1034,7 +1034,7 @@ def train_run(flags, config, folder, device):
         if turn == my_turn:
             data = {split: load_split(config, split, flags["data_dir"], device, flags["workers"])
                     for split in ("train", "test")}
-        sum_over_processes(0)                                        # the others wait
+        sum_over_processes(0)                                        # a barrier: the next turn starts when all are here
     config["images"] = len(data["train"])
     if checkpoint:
         refuse_other_flags(folder, checkpoint["config"], config)
@@ -1072,7 +1072,7 @@ def initialise(model, path, config):
         checkpoint = read_checkpoint(path / "last.pt" if path.is_dir() else path)
         state, trained = dict(state_dict_of(checkpoint)), checkpoint.get("config")
         if isinstance(trained, dict) and trained.get("data") != config["data"]:
-            state.pop("head.weight", None)                           # perhaps as many classes, but others
+            state.pop("head.weight", None)                           # other classes, even if as many
         new_head = len(state.get("head.weight", ())) != len(model.head.weight)
         new = [name for name in model.state_dict() if name not in state and not name.startswith("head")]
         from_plain = model.cls_token is None and ("cls_token" in state or bool(new))
@@ -1104,17 +1104,17 @@ def sweep(
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
-    # Reads all other flags as train_command would. A copy, since the call empties its list.
+    # Reads all other flags as train_command would. ctx.args is copied, since make_context empties its list.
     common = typer.main.get_command(trainer).make_context("train.py", [*ctx.args])
     for key in ("method", "pe", "pool", "mpvg", "seed", "name", "resume", "overwrite"):
         if common.get_parameter_source(key).name != "DEFAULT":
             refuse(key, "sweep sets it for each run: leave it out")
-    commands, precision = {}, common.params["precision"]             # folder -> command that trains its run
+    commands, precision = {}, common.params["precision"]             # commands: folder -> what trains its run
     # Seed by seed, so that a stopped sweep has whole seeds.
     for seed, method in itertools.product(range(seeds), methods.replace(" ", "").split(",")):
         flags = common.params | dict(method=method, seed=seed, precision=precision or "fp32")
         config = configure(flags)                                    # finds mistakes early
-        if not precision:                                            # each run chooses by its GPU
+        if not precision:                                            # "fp32" stood in: each run asks its GPU
             del config["precision"]
         folder = run_folder(flags, config)
         if run := read_run(folder):
@@ -1163,8 +1163,8 @@ PAPER = {  # setting without precision -> top-1 %, one run each: Tables 1, 2, 5 
     "deit-small, imagenet, 300 epochs": {"default": 79.81, "lape": 80.39, "pvg": 80.38, "mpvg": 80.61},
     "deit-base, imagenet, 300 epochs": {"default": 81.85, "lape": 82.15, "pvg": 82.21, "mpvg": 82.42},
 }
-CONFLICT = "(lape-gap - gap) - (lape - default)"                     # the paper's first finding, an interaction
-CLAIMS = "lape - default", "lape-gap - gap", "mpvg - pvg", "mpvg - default"
+INTERACTION = "(lape-gap - gap) - (lape - default)"                  # the paper's first finding; tested at 5 %
+CLAIMS = "lape - default", "lape-gap - gap", "mpvg - pvg", "mpvg - default"  # share 5 % (Holm); OTHERS: no verdict
 OTHERS = ("pvg - lape-gap", "default-pe_std=1 - default", "gap-pe_std=1 - gap", "pvg - gap-pe_std=1",
           "mpvg-free - mpvg", "mpvg-shift - mpvg", "mpvg-pe_init=sincos - mpvg")
 
@@ -1196,7 +1196,7 @@ def read_run(folder):
 
 
 def setting(config):
-    """-> text: everything that affects a result, except method and seed; lists only differences from the recipe."""
+    """-> text: what affects a result, except method and seed. Of most values only differences from the recipe."""
     dataset = DATASETS[config["data"]]
     recipe = recipe_for(config["data"], epochs=config["epochs"], batch_size=config["batch_size"])
     usual = dataclasses.asdict(recipe) | dict(
@@ -1274,22 +1274,22 @@ from LN(x), block 0, 1, ..., last norm. Chance is 100 / N for N patches: 1.6 % f
 def results_table(title, by_method, base=None):
     """-> text: one row per method of a setting, {label: {seed: run}}; the paper's values beside it."""
     rows, reference = [], base or next(iter(by_method))
-    others = by_method.get(reference, {})
+    of_reference = by_method.get(reference, {})
     paper = PAPER.get(title.rpartition(", ")[0], {})                 # its keys leave out the precision
-    for name, runs in by_method.items():
+    for label, runs in by_method.items():
         logs = [run.log for run in runs.values()]
-        differences = [run.log[-1]["test_accuracy"] - others[seed].log[-1]["test_accuracy"]
-                       for seed, run in runs.items() if name != reference and seed in others]
+        differences = [run.log[-1]["test_accuracy"] - of_reference[seed].log[-1]["test_accuracy"]
+                       for seed, run in runs.items() if label != reference and seed in of_reference]
         compared = ", ".join(f"{value:+.2f}" for value in differences)
         if len(differences) > 2:
             compared = f"{mean(differences):+.2f} +- {t_test(differences)[0]:.2f}"
-        if 0 < len(differences) < max(len(runs), len(others)):       # some seeds have no partner
+        if 0 < len(differences) < max(len(runs), len(of_reference)):     # some seeds have no partner
             compared += f" (n={len(differences)})"
         rows.append([
-            name, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]), compared,
+            label, str(len(logs)), mean_and_deviation([log[-1]["test_accuracy"] for log in logs]), compared,
             f"{mean(max(line['test_accuracy'] for line in log) for log in logs):.2f}",
             f"{mean(log[-1]['seconds'] for log in logs):.0f}", f"{next(iter(runs.values())).parameters:,}",
-            f"{paper[name]:.2f}" if name in paper else ""])
+            f"{paper[label]:.2f}" if label in paper else ""])
     head = ["method", "n", "last epoch %", f"minus {reference}", "best epoch %", "seconds", "parameters", "paper %"]
     return as_table(title, head, rows, RESULTS_NOTE)
 
@@ -1312,7 +1312,7 @@ def contrasts(by_method):
         return []
     tables = [{label: runs[seed].log[-1]["test_accuracy"] for label, runs in by_method.items() if seed in runs}
               for seed in sorted(set().union(*by_method.values()))]
-    values = {name: contrast_values(name, tables) for name in (CONFLICT, *CLAIMS, *OTHERS)}
+    values = {name: contrast_values(name, tables) for name in (INTERACTION, *CLAIMS, *OTHERS)}
     values = {name: points for name, points in values.items() if len(points) > 2}
     p = {name: t_test(points)[1] for name, points in values.items()}
     claims = sorted((name for name in CLAIMS if name in values), key=p.get)
@@ -1358,11 +1358,11 @@ def mechanism_tables(by_method):
         return " ".join("  -  " if None in layer else f"{mean(layer):{style}}" for layer in layers)
 
     norms, positions = [], []
-    for name, by_seed in by_method.items():
+    for label, by_seed in by_method.items():
         runs = [*by_seed.values()]
-        norms.append([name, str(len(runs)), average(runs, "beta_variance", 5), average(runs, "offset_variance", 5),
+        norms.append([label, str(len(runs)), average(runs, "beta_variance", 5), average(runs, "offset_variance", 5),
                       average(runs, "cosine", 3), by_layer(runs, "correlation", "+.2f")])
-        positions.append([name, average(runs, "ordered", 1), average(runs, "shuffled", 1),
+        positions.append([label, average(runs, "ordered", 1), average(runs, "shuffled", 1),
                           by_layer(runs, "stream", "3.0f"), by_layer(runs, "normed", "3.0f")])
     head = ["method", "n", "beta variance", "offset variance", "cosine", "correlations"]
     text = as_table("Last norm and correlations", head, norms, MECHANISM_NOTE)
@@ -1392,7 +1392,7 @@ def evaluate_command(
         refuse("image-size", str(error))
     net = fold(model) if fold_ else model
     if DATASETS[config["data"]].load and image_size:                 # image files are cropped to this size
-        net.register_forward_pre_hook(lambda _, x: F.interpolate(*x, size=size, mode="bicubic", antialias=True))
+        net.register_forward_pre_hook(lambda _, args: F.interpolate(*args, size=size, mode="bicubic", antialias=True))
     data = load_split(config | dict(image_size=size), "test", data_dir, device, crop_ratio=crop_ratio)
     result = evaluate(net.to(device), data, config, device)
     typer.echo(f"{method_label(config)}, {config['model']}{', folded' if fold_ else ''}, {config['data']} at {size}x"
@@ -1413,7 +1413,7 @@ def watch_norms(model, images):
 
 
 def last_norm_offset(model):
-    """-> (D): beta + mean of LN'(pos_0), which under GAP the last norm adds to every image's vector."""
+    """-> (D,): beta + mean of LN'(pos_0): under GAP, what the last norm and its PE add to every image's mean."""
     beta, last = model.norm.bias, model.pe_after_last_norm(model.delivered_pe())
     return beta if last is None else beta + last.mean((0, 1))
 
@@ -1435,7 +1435,7 @@ def measure(model, batches):
     tokens, cosines = 0, []
     for images, _ in batches:
         inputs, outputs = watch_norms(model, images)
-        tokens = tokens + torch.stack([output.sum(0) for output in outputs])
+        tokens += torch.stack([output.sum(0) for output in outputs])
         cosines.append(F.cosine_similarity(inputs[-1].mean(1), outputs[-1].mean(1), dim=1))  # the paper's appendix
     tokens = (tokens / sum(map(len, cosines))).cpu()                 # (L + 1, N, D)
     delivered = model.delivered_pe()
@@ -1459,8 +1459,8 @@ def read_index(to_fit, to_test):
     count, sums, moments = 0, 0, 0
     for x in to_fit:
         count, sums = count + x.shape[1], sums + x.sum(1)
-        moments = moments + x.flatten(1, 2).mT @ x.flatten(1, 2)
-    means = sums / count                                             # of the tokens with an index, (layers, N, D)
+        moments += x.flatten(1, 2).mT @ x.flatten(1, 2)
+    means = sums / count                                             # of each index's tokens, (layers, N, D)
     centre = means.mean(1, keepdim=True)
     covariance = moments / (count * means.shape[1]) - centre.mT @ centre
     diagonal = covariance.diagonal(dim1=1, dim2=2)                   # the features' variances, a view
@@ -1518,7 +1518,7 @@ def measure_run(run, count, data_dir, device):
 
 
 SORTED = "dimension, sorted by value"
-FIGURES = {  # name -> panels: x label, y label, the values to draw, and values to compare them with, dotted
+FIGURES = {  # name -> panels: x label, y label, values at x = 0, 1, ... (None: no point), values drawn dotted
     "curves": [("epoch", "training loss, cross entropy", lambda run: [None, *(line["loss"] for line in run.log)]),
                ("epoch", "test accuracy, %", lambda run: [None, *(line["test_accuracy"] for line in run.log)])],
     "correlation": [("block", "correlation of LN(x) and its PE", lambda run: run.mechanism["correlation"])],
@@ -1545,8 +1545,7 @@ def plot_lines(path, panels, by_method):
     for ax, (x, y, *lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         dashed = []
         for label, runs in by_method.items():
-            run = next(iter(runs.values()))
-            color, dash = f"C{list(METHODS).index(run.config['method'])}", "-"
+            color, dash = f"C{list(METHODS).index(next(iter(runs.values())).config['method'])}", "-"
             if "=" in label:
                 dash = ("--", "-.", (0, (5, 1, 1, 1, 1, 1)))[dashed.count(color) % 3]
                 dashed.append(color)
@@ -1617,8 +1616,8 @@ def report(
 ):
     """Print tables of finished runs and draw figures.
 
-    Draws what the paper draws: correlation by layer, heatmaps, the last norm. Runs that have weights are measured, and
-    their mechanism.json is written; for others the one in their folder is used. Figures need matplotlib.
+    Draws curves, contrasts, position and, as the paper does, correlations, heatmaps and the last norm. Runs that have
+    weights are measured into their mechanism.json; for others, that file is used if it exists. Figures need matplotlib.
     """
     device, runs = choose_device(device), []
     for folder in folders:
