@@ -354,7 +354,7 @@ def extend_plain(model, state):
     """-> a plain ViT's weights for a GAP model: missing PE norms at 0, no class token, no PE row for it."""
     if model.cls_token is not None or not model.add_input:
         raise ValueError("a plain ViT's weights fit models with pool='gap' and pos_0 at the input: gap, pvg, mpvg")
-    has_pe_norms = any("pe_norm" in name for name in state)  # then a new one at 0 would feed them 0, not pos_0
+    has_pe_norms = any("pe_norm" in name for name in state)  # then a new norm would feed 0 to trained ones
     new = {name: torch.zeros_like(value) for name, value in model.state_dict().items()
            if name.startswith(("pe_norm", "last_shift")) or ("pe_norm" in name and not has_pe_norms)}
     state = new | state
@@ -369,7 +369,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
     A PE of another grid is resized; old_grid, its (h, w) in patches, is needed if not square (see resize_pos_embed).
     new_head: keep the model's head where the number of classes differs. from_plain: take weights of a plain ViT into
     gap, pvg or mpvg: their new PE norms start at weight = bias = 0, so that the model starts as `gap`; a class
-    token and its PE row are dropped. Raises ValueError and loads nothing where names, the PE's grid or shapes differ.
+    token and its PE row are dropped. Raises ValueError and loads nothing if names or shapes differ or no grid fits.
     """
     checkpoint = read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source
     state, own = dict(state_dict_of(checkpoint)), model.state_dict()
@@ -386,7 +386,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
         misfits = [f"{name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
                    for name, value in own.items() if state[name].shape != value.shape]
     if misfits:
-        raise ValueError("these weights do not fit (another model, another method, or folded? see load_weights' "
+        raise ValueError("these weights do not fit (other model or method, folded, prefixed names? see load_weights' "
                          f"new_head and from_plain): {'; '.join(misfits)}")
     model.load_state_dict(state)
     return model

@@ -58,7 +58,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there ar
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Every number of a training recipe. `--recipe mixup=0,erase=0.1` replaces any of them."""
+    """A training recipe. `--recipe mixup=0,erase=0.1` replaces the values that it names."""
     epochs: int                      # of len(images) // batch_size steps; warm-up and cool-down included
     batch_size: int                  # images per step, over all processes
     lr: float                        # AdamW's peak learning rate
@@ -249,7 +249,7 @@ class FolderData(Dataset):
             except Exception as error:                               # a damaged file can fail in any way
                 reason = str(error) or type(error).__name__
                 if self.crop_scale is None:
-                    raise OSError(f"test image {path} cannot be decoded ({reason}): replace the file") from None
+                    raise OSError(f"test image {path} cannot be decoded ({reason}): replace or delete it") from None
                 warn(path, reason)
             else:
                 return self.crop(image, seed), label, skipped
@@ -338,8 +338,8 @@ def load_split(config, split, root, device, workers=None, crop_ratio=0.875):
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
-# Pillow's arithmetic for uint8 images (B, 3, H, W). Each image has its own parameters: magnitudes and choices are
-# (B, 1, 1, 1), boxes (B, 4).
+# Close to Pillow's arithmetic, for uint8 images (B, 3, H, W). Each image has its own parameters: magnitudes and
+# choices are (B, 1, 1, 1), boxes (B, 4).
 
 def interpolate(x, u, v, bicubic):
     """x at (u, v), places from -1 to 1 that broadcast to (B, 1, H, W). bicubic: False for bilinear."""
@@ -966,7 +966,7 @@ def train_command(
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
     recipe: str | None = flag("Other values of the recipe: mixup=0,erase=0.1. A wrong name lists them all."),
-    init: Path | None = flag("Run or checkpoint to start from; another --data or number of classes gets a new head."),
+    init: Path | None = flag("Start from this run or checkpoint, of this or a plainer method. Other data: a new head."),
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
     device: str = DEVICE,
@@ -1098,9 +1098,9 @@ def sweep(
 ):
     """Train every method with every seed.
 
-    Skips finished runs, even if the code has changed since, and resumes stopped ones. Prints a table of these runs and
-    saves it as RUNS/sweep.md. Takes all flags of `python train.py` except --method, --pe, --pool, --mpvg, --seed,
-    --name, --resume and --overwrite.
+    Skips finished runs, even if the code or the images have changed since, and resumes stopped ones. Prints a table of
+    these runs and saves it as RUNS/sweep.md. Takes all flags of `python train.py` except --method, --pe, --pool,
+    --mpvg, --seed, --name, --resume and --overwrite.
     """
     trainer = typer.Typer()
     trainer.command()(train_command)
@@ -1114,7 +1114,7 @@ def sweep(
     for seed, method in itertools.product(range(seeds), methods.replace(" ", "").split(",")):
         flags = common.params | dict(method=method, seed=seed, precision=precision or "fp32")
         config = configure(flags)                                    # finds mistakes early
-        if not precision:                                            # "fp32" stood in: each run asks its GPU
+        if not precision:                                            # a placeholder: each run asks its GPU
             del config["precision"]
         folder = run_folder(flags, config)
         if run := read_run(folder):
@@ -1413,7 +1413,7 @@ def watch_norms(model, images):
 
 
 def last_norm_offset(model):
-    """-> (D,): beta + mean of LN'(pos_0): under GAP, what the last norm and its PE add to every image's mean."""
+    """-> (D,): beta + mean of the last PE, if any: under GAP, what both add to every image's mean."""
     beta, last = model.norm.bias, model.pe_after_last_norm(model.delivered_pe())
     return beta if last is None else beta + last.mean((0, 1))
 
@@ -1609,7 +1609,7 @@ def plot_layers(path, title, tokens, pe):
 def report(
     folders: list[Path] = typer.Argument(help="Folders of runs.", metavar="RUNS..."),
     out: Path = flag("Folder for the figures.", default=Path("runs/report")),
-    base: str | None = flag("Method to compare the others with.", shown="default, or the first there is"),
+    base: str | None = flag("Method to compare the others with.", shown="the first in the order of METHODS"),
     images: int = flag("Measure on at most this many test images.", default=1000, min=2),
     data_dir: Path = DATA_DIR,
     device: str = DEVICE,
@@ -1626,7 +1626,7 @@ def report(
         elif folder != out:
             typer.echo(f"note: {folder} is left out: it holds no finished run", err=True)
     if not runs:
-        raise SystemExit("error: none of these folders holds a finished run")
+        raise SystemExit("error: none of these folders holds a finished run: give runs' folders, as runs/*/")
     if base not in (None, *(run.label for run in runs)):
         labels = ", ".join(sorted({run.label for run in runs}))
         raise SystemExit(f"error: none of these runs is of --base {base}: choose from {labels}")
