@@ -294,7 +294,7 @@ def fold(model):
     """-> a copy for inference, in eval mode: no PE norm is left, and the logits are the same, for every method.
 
     No PE depends on the image, so each e_l is stored once. The last PE adds the same vector to every mean over the
-    tokens, so it moves into the head's bias (and is missing from the copy's forward_features()).
+    tokens, so it moves into the bias of the head, an nn.Linear (and is missing from the copy's forward_features()).
     """
     folded = copy.deepcopy(model).requires_grad_(False)
     delivered = folded.delivered_pe()

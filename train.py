@@ -1052,7 +1052,8 @@ def train_run(flags, config, folder, device):
     model.to(device)
     count = sum(parameter.numel() for parameter in model.parameters())
     print_main(f"{method_label(config)}: {config['model']} with {count:,} parameters\n"
-               f"{config['data']}: {config['images']:,} training images, {len(data['test']):,} test images\n"
+               f"{config['data']}: {config['images']:,} training images, {len(data['test']):,} test images, "
+               f"{config['num_classes']} classes\n"
                f"{recipe.epochs} epochs of {config['images'] // recipe.batch_size} steps of {recipe.batch_size} images,"
                f" lr {recipe.lr:g}, {config['precision']}, {device}, {WORLD_SIZE} process(es)\nwrites {folder}"
                + (f"; resumes after epoch {len(checkpoint['log'])}" if checkpoint else ""))
