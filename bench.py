@@ -40,7 +40,7 @@ GRAPH_MODES = ("reduce-overhead", "max-autotune")  # with CUDA graphs, which hav
 PEERS = {"torchvision": "cls", "timm": "cls", "timm gap": "gap", "vit-pytorch": "cls", "vit-pytorch gap": "gap",
          "transformers": "cls"}  # name, whose first word is the package: pooling
 PACKAGES = list(dict.fromkeys(name.split()[0] for name in PEERS))
-PLAIN = dict(cls="default", gap="gap")  # pooling: the method without a layer-wise PE, which others are compared with
+PLAIN = dict(cls="default", gap="gap")  # pooling: the plain method, which the others are compared with
 
 
 def build(name, sizes):
@@ -158,7 +158,7 @@ def explain(error):
 
 def run_table(table, names, setup):
     training, device, side = table.startswith("training"), setup.device, setup.sizes["image_size"]
-    count = max(2, min(64, 2 ** 25 // (setup.batch * 3 * side ** 2)))  # more batches than a cache holds
+    count = max(2, min(64, 2 ** 25 // (setup.batch * 3 * side ** 2)))  # at most 64 or 128 MiB in fp32, but two at least
     dtype = torch.float32 if training else setup.dtype
     batches = [(torch.randn(setup.batch, 3, side, side, device=device, dtype=dtype),
                 torch.randint(setup.sizes["num_classes"], (setup.batch,), device=device)) for _ in range(count)]
@@ -250,9 +250,9 @@ def as_text(table, result):
     return "\n".join(lines + [f"  {note}" for note in result["notes"]])
 
 
-def verdict(tables):
+def verdict(results):
     parts = ["{:.3f} ({:.3f} to {:.3f}) in {}".format(*row["speed_to_plain"], table)
-             for table, result in tables.items() for row in result["rows"] if row["name"] == "mpvg" and row["plain"]]
+             for table, result in results.items() for row in result["rows"] if row["name"] == "mpvg" and row["plain"]]
     return f"mpvg's speed relative to gap's, median (95 % interval): {', '.join(parts) or 'not measured'}."
 
 
@@ -276,7 +276,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag(f"A list of {', '.join(METHODS)}; METHOD-folded: after fold(). all: every one, also folded.",
+    methods: str = flag(f"Comma-separated: {', '.join(METHODS)}; METHOD-folded: after fold(). all: all, also folded.",
                         default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PACKAGES)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),
@@ -339,7 +339,7 @@ def bench(
 def main():
     try:
         app()
-    except (OSError, RuntimeError) as error:                         # on a CPU, lack of memory is a RuntimeError
+    except (OSError, RuntimeError) as error:                         # lack of memory is a RuntimeError
         raise SystemExit(f"error: {explain(error)}") from error
 
 

@@ -294,7 +294,7 @@ def fold(model):
     """-> a copy for inference, in eval mode: no PE norm is left, and the logits are the same, for every method.
 
     No PE depends on the image, so each e_l is stored once. The last PE adds the same vector to every mean over the
-    tokens, so it moves into the bias of the head, an nn.Linear (and is missing from the copy's forward_features()).
+    tokens, so it moves into the head's bias; the head must be an nn.Linear. The copy's forward_features() lacks it.
     """
     folded = copy.deepcopy(model).requires_grad_(False)
     delivered = folded.delivered_pe()
@@ -386,8 +386,8 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
         misfits = [f"{name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
                    for name, value in own.items() if state[name].shape != value.shape]
     if misfits:
-        raise ValueError("these weights do not fit (other model or method, folded, prefixed names? see load_weights' "
-                         f"new_head and from_plain): {'; '.join(misfits)}")
+        raise ValueError("these weights do not fit (another model, method or prefix of the names, or folded? "
+                         f"see load_weights' new_head and from_plain): {'; '.join(misfits)}")
     model.load_state_dict(state)
     return model
 

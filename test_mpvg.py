@@ -260,7 +260,7 @@ PAPER_COUNTS = {  # in thousands, cut: default, lape, pvg, mpvg
 
 def test_mpvg_alone_prints_the_papers_methods_and_parameter_counts(monkeypatch, capsys):
     """It needs only torch. Two of the paper's 16 counts differ in the last digit: results/fidelity.md."""
-    for name in ("train", "bench", "torchvision", "PIL", "typer"):
+    for name in ("train", "bench", "numpy", "torchvision", "PIL", "typer"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     runpy.run_path(str(ROOT / "mpvg.py"), run_name="__main__")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -670,7 +670,7 @@ def test_boxes_and_operations_are_distributed_as_published():
     assert ((pairs.bincount(minlength=256) - expected).abs() < 5 * expected.sqrt()).all()
     strength, sign = draws["magnitude"].abs(), draws["magnitude"].sign()
     assert strength.mean() == approx(9, abs=0.02) and strength.max() == 10
-    assert strength[strength < 10].std() == approx(0.49, abs=0.02)
+    assert strength[strength < 10].std() == approx(0.471, abs=0.01)  # 0.5, cut at 10
     assert len(sign.unique(dim=0)) == 4 and sign.mean(0).tolist() == approx([0, 0], abs=0.02)
 
 
@@ -843,8 +843,9 @@ def test_what_cannot_be_decoded_is_named_counted_and_replaced(files, capfd, work
     (x, y), = training.read_batches([[(cut, 5), (0, 6), (empty, 7), (1, 8)]])
     instead = [training[index_and_seed][0] for index_and_seed in ((after, 5), (0, 6), (after, 7), (1, 8))]
     assert torch.equal(x, torch.stack(instead)) and y.tolist() == [1, 0, 1, 0] and training.unreadable == 3
-    warning = f"warning: {path} cannot be decoded and is skipped (image file is truncated"
-    assert warning in capfd.readouterr().err
+    warnings = re.findall(r"warning: (.*) cannot be decoded and is skipped \((\w+ \w+ \w+ \w+)", capfd.readouterr().err)
+    assert warnings == [(path, "image file is truncated"),
+                        (training.samples[empty][0], "cannot identify image file")]  # each once
     training.samples = [(str(files / f"{i}.JPEG"), 0) for i in range(30)]  # as if the disk were gone
     with raises("and the 19 files before it cannot be decoded", OSError):
         training[0, 0]

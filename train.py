@@ -966,7 +966,7 @@ def train_command(
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
     recipe: str | None = flag("Other values of the recipe: mixup=0,erase=0.1. A wrong name lists them all."),
-    init: Path | None = flag("Start from this run or checkpoint, of this or a plainer method. Other data: a new head."),
+    init: Path | None = flag("Run or checkpoint of this or a plainer method to start from. Other data get a new head."),
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
     device: str = DEVICE,
@@ -1197,7 +1197,7 @@ def read_run(folder):
 
 
 def setting(config):
-    """-> text: what affects a result, except method and seed. Of most values only differences from the recipe."""
+    """-> text: what affects a result, except method and seed. Most values only where they differ from the recipe."""
     dataset = DATASETS[config["data"]]
     recipe = recipe_for(config["data"], epochs=config["epochs"], batch_size=config["batch_size"])
     usual = dataclasses.asdict(recipe) | dict(
@@ -1627,7 +1627,7 @@ def report(
         elif folder != out:
             typer.echo(f"note: {folder} is left out: it holds no finished run", err=True)
     if not runs:
-        raise SystemExit("error: none of these folders holds a finished run: give runs' folders, as runs/*/")
+        raise SystemExit("error: none of these folders holds a finished run: name runs, such as runs/*/")
     if base not in (None, *(run.label for run in runs)):
         labels = ", ".join(sorted({run.label for run in runs}))
         raise SystemExit(f"error: none of these runs is of --base {base}: choose from {labels}")
