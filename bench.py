@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mpvg import METHODS, MODELS, ViT, fold
-from train import choose_device, default_precision, environment, flag, make_train_step, parameter_groups, refuse
+from train import DEVICE, choose_device, default_precision, environment, flag, make_train_step, parameter_groups, refuse
 
 TABLES = ("inference-eager", "inference-compiled", "training-eager", "training-compiled")
 QUICK = dict(model="vit-nano", methods="default,gap,mpvg", peers="torchvision", tables=",".join(TABLES[:3]), rounds=10)
@@ -288,7 +288,7 @@ def bench(
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = flag(
         "torch.compile's mode.", default="default"),
     rounds: int = flag("Timings of each contestant.", default=20, min=6),
-    device: str = flag("auto, cpu, cuda, mps, ...", default="auto"),
+    device: str = DEVICE,
     json_file: Path | None = flag("Also write the tables to this file, with every timing.", "--json", dir_okay=False),
 ):
     """Times our methods, other libraries' ViTs and the machine's limits in turn. Dropout is off for every model.

@@ -157,11 +157,8 @@ def equations(p, img, *, pe, pool, last_pe=None, layer0=False, hierarchical=True
             e[i] = layer_norm(source, p, f"blocks.{i}.pe_norm")
         layers.append((x, y, e.get(i)))
         x = x + msa(y + e.get(i, 0), p, f"blocks.{i}.attn", heads)
-        if block_type == "renorm":
-            x = layer_norm(x, p, f"blocks.{i}.norm2")
-            x = x + mlp(x, p, f"blocks.{i}.mlp")
-        else:
-            x = x + mlp(layer_norm(x, p, f"blocks.{i}.norm2"), p, f"blocks.{i}.mlp")
+        y = layer_norm(x, p, f"blocks.{i}.norm2")
+        x = (y if block_type == "renorm" else x) + mlp(y, p, f"blocks.{i}.mlp")
     y, last = layer_norm(x, p, "norm"), None
     if last_pe == "shift":
         last = p["last_shift"]
@@ -1216,7 +1213,7 @@ def test_a_run_on_files(files, cli, tmp_path, monkeypatch):
     assert load(tmp_path / "tuned")["model"]["pos_embed"].shape == (1, 36, 128)
     other = shutil.copytree(files, tmp_path / "other")
     (other / "val" / "a" / "03.JPEG").write_bytes(b"")
-    assert "was not measured again (test image" in ok(report(tmp_path, folder, "--data-dir", other)).err
+    assert "could not be measured (test image" in ok(report(tmp_path, folder, "--data-dir", other)).err
     shutil.rmtree(other / "val" / "c")
     one_line(evaluation(folder, "--data-dir", other), "val has 2 classes, the model 3: set --data-dir to")
     one_line(evaluation(folder, "--data-dir", tmp_path / "nowhere"), "val does not exist: set --data-dir to")
@@ -1296,7 +1293,7 @@ def test_what_was_saved_stays_until_there_is_something_new(cli, tmp_path, monkey
         result = ok(report(tmp_path, folder))  # tables need no new file
         assert "mechanism.json cannot be written (No space" in result.err and "last epoch %" in result.out
         patch.setattr(train, "measure_run", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-        assert "was not measured again (CUDA out of memory)" in ok(report(tmp_path, folder)).err
+        assert "could not be measured (CUDA out of memory)" in ok(report(tmp_path, folder)).err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))  # some network disks
     ok(cli("--epochs 2 --batch-size 50 --overwrite"))
@@ -1317,7 +1314,7 @@ def test_a_checkpoint_that_is_not_ours_or_was_altered_is_one_line(cli, trained, 
     for result in (evaluation(folder), cli("--resume")):
         one_line(result, says)
     result = ok(report(tmp_path, folder))  # tables need no weights
-    assert f"{folder} was not measured again ({says}" in result.err and "last epoch %" in result.out
+    assert f"{folder} could not be measured ({says}" in result.err and "last epoch %" in result.out
     one_line(evaluation(tmp_path / "nowhere"), "nowhere cannot be read (No such file")
 
 
@@ -2120,8 +2117,9 @@ def test_the_python_of_readme_and_guide_runs(trained, tmp_path, monkeypatch, cap
     execute(code(GUIDE, '"pretrained.pth"'))
     assert capsys.readouterr().out == "tensor(0., grad_fn=<MaxBackward1>)\n"
     shutil.copytree(trained[0], tmp_path / "runs" / MPVG)
-    model = execute(code(GUIDE, "torch.load(")).model
-    assert torch.equal(model.head.weight, load(trained[0])["model"]["head.weight"])
+    shown = execute(code(GUIDE, "torch.load("))
+    assert torch.equal(shown.model.head.weight, load(trained[0])["model"]["head.weight"])
+    assert shown.predicted.shape == shown.labels.shape
 
 
 def test_timm_subclass_equals_mpvg():

@@ -1638,7 +1638,7 @@ def report(
             tokens, pe = measure_run(run, images, data_dir, device)
             heatmaps.setdefault(run.setting, {}).setdefault(run.label, (run.folder.name, tokens, pe))  # one per method
         except (OSError, SystemExit, torch.OutOfMemoryError) as error:
-            typer.echo(f"note: {run.folder} was not measured again ({last_line(error)})", err=True)
+            typer.echo(f"note: {run.folder} could not be measured ({last_line(error)})", err=True)
     measured = by_setting(run for run in runs if "stream" in run.mechanism)
     for title, by_method in settings.items():
         typer.echo(results_table(title, by_method, base) + contrast_table(contrasts(by_method))
