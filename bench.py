@@ -158,7 +158,7 @@ def explain(error):
 
 def run_table(table, names, setup):
     training, device, side = table.startswith("training"), setup.device, setup.sizes["image_size"]
-    count = max(2, min(64, 2 ** 25 // (setup.batch * 3 * side ** 2)))  # at most 64 or 128 MiB in fp32, but two at least
+    count = max(2, min(64, 2 ** 25 // (setup.batch * 3 * side ** 2)))  # 2 to 64; above 2, at most 128 MiB in fp32
     dtype = torch.float32 if training else setup.dtype
     batches = [(torch.randn(setup.batch, 3, side, side, device=device, dtype=dtype),
                 torch.randint(setup.sizes["num_classes"], (setup.batch,), device=device)) for _ in range(count)]
@@ -276,7 +276,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command()
 def bench(
     model: Literal[tuple(MODELS)] = flag("The model's size.", default="deit-tiny"),
-    methods: str = flag(f"Comma-separated: {', '.join(METHODS)}; METHOD-folded: after fold(). all: all, also folded.",
+    methods: str = flag(f"Comma-separated: {', '.join(METHODS)}; METHOD-folded: after fold(). all: all of these.",
                         default="default,gap,lape,pvg,mpvg,mpvg-folded"),
     peers: str = flag(f"Other libraries' models: all, none, or a list of {', '.join(PACKAGES)}.", default="all"),
     tables: str = flag(f"all, or a list of {', '.join(TABLES)}.", default="all"),

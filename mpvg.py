@@ -386,7 +386,7 @@ def load_weights(model, source, *, new_head=False, old_grid=None, from_plain=Fal
         misfits = [f"{name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}"
                    for name, value in own.items() if state[name].shape != value.shape]
     if misfits:
-        raise ValueError("these weights do not fit (another model, method or prefix of the names, or folded? "
+        raise ValueError("these weights do not fit (another model or method, folded, or names with a prefix? "
                          f"see load_weights' new_head and from_plain): {'; '.join(misfits)}")
     model.load_state_dict(state)
     return model

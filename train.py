@@ -966,7 +966,7 @@ def train_command(
     batch_size: int | None = flag("Global batch size.", shown="the recipe's"),
     lr: float | None = flag("AdamW's peak learning rate.", shown="the recipe's"),
     recipe: str | None = flag("Other values of the recipe: mixup=0,erase=0.1. A wrong name lists them all."),
-    init: Path | None = flag("Run or checkpoint of this or a plainer method to start from. Other data get a new head."),
+    init: Path | None = flag("Run or checkpoint to start from, of this or a plainer method. New data get a new head."),
     freeze: bool = flag("Train only the head.", "--freeze", default=False),
     seed: int = flag("Seed of weights, order, augmentation and --fraction.", default=0, min=0, max=2**32 - 1),
     device: str = DEVICE,
