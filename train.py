@@ -7,8 +7,8 @@
     python train.py eval runs/NAME
     python train.py report runs/*/
 
-From top to bottom: recipes, data, augmentation, batches, training, checkpoints, command line, sweep, tables, eval and
-report. The data set `numbers` is built in: nothing to download, and it trains in minutes on a CPU.
+From top to bottom: recipes, data, augmentation, batches, training (its loop is `fit`), checkpoints, command line,
+sweep, tables, eval and report. `numbers` is a built-in data set: no download, and it trains in minutes on a CPU.
 """
 import dataclasses
 import io
